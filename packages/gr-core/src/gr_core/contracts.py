@@ -1,0 +1,319 @@
+"""The contracts: what the factories of plugins make, as small protocols.
+
+Data flows one way: a `Model` encodes a request into named arrays, an engine turns encoded requests
+into `InferenceResult`s, the model decodes these into scores. Nothing here knows torch: a model may
+offer a torch module to engines that want one, see `TorchModel`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from gr_core.types import FloatArray, IntArray, RecommendRequest, Task
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+    from gr_core.observers import Observer
+    from gr_core.pipeline import Pipeline
+    from gr_core.repository import Bundle, Catalogue
+
+
+# ── Models ────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """One named input of a model for one request, before batching.
+
+    ``axes`` names jagged axes by strings (``"history"``, ``"candidate"``) and gives fixed ones as
+    integers; ``()`` is a scalar. Batches get a leading batch axis, and jagged axes are padded on
+    the right with ``pad``. The lengths of jagged axes are inputs of their own.
+    """
+
+    name: str
+    dtype: str
+    axes: tuple[str | int, ...] = ()
+    pad: float = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRequest:
+    """A request as a model's arrays: what is queued, batched, and computed by engines.
+
+    ``arrays`` holds an array for every `ArraySpec` of the task, without padding.
+    """
+
+    task: Task
+    arrays: Mapping[str, npt.NDArray[Any]]
+    tokens: int
+    """Tokens that the model computes for it, the measure of its cost and its place in a batch."""
+    k: int = 0
+    """For retrieval, how many items the engine must return."""
+    user_id: str = ""
+    """Owner of cached state, so that it can be dropped on demand. Never a key of the cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """What `Model.encode` returns: the arrays, and what it had to leave out."""
+
+    request: EncodedRequest
+    candidate_indices: IntArray
+    """Catalogue indices of the scored candidates, shape (c,), in the order of the scores."""
+    unscored: npt.NDArray[np.bool_]
+    """Shape (candidates of the request,): True where the model does not know the item."""
+    unknown_items: int
+    """Behaviours left out because the model does not know their item."""
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceResult:
+    """What an engine computed for one encoded request.
+
+    For `Task.RETRIEVE`, ``indices`` (k,) int64 are catalogue indices, best first, and ``scores``
+    (k,) float32 theirs. For `Task.RANK`, ``indices`` is None and ``scores`` (c, heads) float32 are
+    the raw outputs of the heads for the candidates, in order.
+    """
+
+    scores: FloatArray
+    indices: IntArray | None = None
+    tokens_reused: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixStability:
+    """When the state of a history's tokens may be reused for a longer history; see docs/caching."""
+
+    stable: bool
+    reason: str
+    recompute_last: int = 0
+    """Cached tokens at the end of the prefix that must be computed again once newer ones follow."""
+
+
+@runtime_checkable
+class Model(Protocol):
+    """A loaded bundle: encodes requests, names its inputs, decodes outputs. Thread-safe.
+
+    Its factory is called as ``factory(bundle: Bundle) -> Model`` and raises `BundleError` for a
+    bundle that it cannot use, before anything is served from it.
+    """
+
+    @property
+    def bundle(self) -> Bundle: ...
+
+    @property
+    def catalogue(self) -> Catalogue: ...
+
+    @property
+    def tasks(self) -> Sequence[Task]: ...
+
+    @property
+    def heads(self) -> Sequence[str]:
+        """Names of the heads that `Task.RANK` scores, in the order of the engine's outputs."""
+        ...
+
+    @property
+    def prefix_stability(self) -> PrefixStability: ...
+
+    def inputs(self, task: Task) -> Sequence[ArraySpec]: ...
+
+    def encode(self, request: RecommendRequest, task: Task) -> Encoding:
+        """Arrays for one stage. ``request.request_time_ms`` is set. Raises `InvalidRequest`."""
+        ...
+
+    def decode(
+        self, task: Task, result: InferenceResult, head_weights: Mapping[str, float]
+    ) -> tuple[FloatArray, FloatArray]:
+        """Final scores (m,) float32 and head scores (m, heads) float32 of one result."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class TorchModel(Model, Protocol):
+    """A model of the format ``torch``: a module with plain tensor inputs, for engines and exporters.
+
+    ``module(task)`` takes the task's inputs by name, batched, and returns for `Task.RANK` the
+    outputs of the heads (batch, candidates, heads), and for `Task.RETRIEVE` the user's
+    representation (batch, d), to be multiplied with `item_table`. It is in eval mode, float32, on
+    the CPU; whoever wants another dtype or device makes a copy.
+    """
+
+    def module(self, task: Task) -> Any: ...
+
+    def item_table(self) -> Any:
+        """A tensor (catalogue size + 1, d) float32; row 0 is padding and never an answer."""
+        ...
+
+
+# ── Artifacts, exporters ──────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """Something an engine can load: a folder of a certain format, made from a bundle."""
+
+    format: str
+    path: Path
+
+
+class Exporter(Protocol):
+    """Turns an artifact of one format into another.
+
+    Its factory is called without arguments. `export` writes into ``out_dir``, which is new and
+    empty, checks what it wrote by running both sides, and raises `GrError` otherwise; the caller
+    moves the folder to its place only after it returned.
+    """
+
+    def export(
+        self, artifact: Artifact, model: Model, out_dir: Path, options: Mapping[str, Any]
+    ) -> Artifact: ...
+
+
+# ── Engines ───────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How an engine is to run; the same for all engines, ``extra`` holds what only one knows."""
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 0
+    """CPU threads of one engine; 0 leaves the choice to the engine."""
+    max_batch_size: int = 32
+    max_batch_tokens: int = 65536
+    caches: Mapping[str, Cache] = field(default_factory=dict)
+    """Caches of the configuration by kind, e.g. ``user_kv``."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    ok: bool
+    reason: str = ""
+
+
+class EngineBase(Protocol):
+    """The life of an engine: made by its factory without arguments, loaded, warmed up, closed."""
+
+    def load(
+        self, artifact: Artifact, model: Model, tasks: Sequence[Task], options: EngineOptions
+    ) -> None: ...
+
+    def warm_up(self) -> None:
+        """Runs every task once at small and large sizes, so that no request pays for it."""
+        ...
+
+    def health(self) -> Health:
+        """Cheap; called often."""
+        ...
+
+    def close(self) -> None:
+        """Frees everything. May be called twice."""
+        ...
+
+
+@runtime_checkable
+class Engine(EngineBase, Protocol):
+    """An engine that computes batches made by the platform's micro-batcher.
+
+    `infer` blocks, is called from one worker thread that belongs to this engine, and gets requests
+    of one task, of any lengths. An exception fails the whole batch; the batcher then retries the
+    requests one by one, so that a poisoned one fails alone.
+    """
+
+    def infer(self, batch: Sequence[EncodedRequest]) -> Sequence[InferenceResult]: ...
+
+
+@runtime_checkable
+class AsyncEngine(EngineBase, Protocol):
+    """An engine that batches by itself; declared by ``batches_itself`` in its descriptor.
+
+    `infer` is called on the event loop and must not compute there. Cancellation of the coroutine
+    aborts the work.
+    """
+
+    async def infer(self, request: EncodedRequest, deadline: float | None) -> InferenceResult: ...
+
+
+# ── Caches ────────────────────────────────────────────────────────────────────────────────────
+
+
+class CacheKind(enum.StrEnum):
+    """What a cache holds."""
+
+    RESULTS = "results"
+    """Results of engines by the content of the encoded request."""
+    USER_KV = "user_kv"
+    """Keys and values of the tokens of users' histories."""
+    EMBEDDINGS = "embeddings"
+    """Hot rows of embedding tables."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStatistics:
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    entries: int = 0
+    bytes: int = 0
+    capacity_bytes: int = 0
+
+
+class Cache(Protocol):
+    """Bounded memory by content. Its factory is called as ``factory(capacity_bytes: int)``.
+
+    A key is a digest of everything that a value depends on, so a hit is exact by construction. The
+    owner serves to drop a user's entries on demand. All methods are thread-safe and quick.
+    """
+
+    def get(self, key: bytes) -> Any | None: ...
+
+    def put(self, key: bytes, value: Any, size: int, owner: str = "") -> None:
+        """Keeps ``value`` of ``size`` bytes, evicting others; one larger than the cache is not."""
+        ...
+
+    def evict(self, owner: str) -> int:
+        """Drops all entries of an owner and returns their number."""
+        ...
+
+    def clear(self) -> None: ...
+
+    def statistics(self) -> CacheStatistics: ...
+
+
+# ── Servers ───────────────────────────────────────────────────────────────────────────────────
+
+
+class Server(Protocol):
+    """Serves a pipeline over a protocol.
+
+    Its factory is called as ``factory(pipeline, settings, observers)`` with the server's own table
+    of the configuration.
+    """
+
+    async def serve(
+        self, stop: asyncio.Event, ready: Callable[[Sequence[str]], None] | None = None
+    ) -> None:
+        """Serves until ``stop`` is set, then refuses new work, finishes the accepted, returns.
+
+        ``ready`` is called once with the bound addresses (``host:port``).
+        """
+        ...
+
+
+class ServerFactory(Protocol):
+    def __call__(
+        self, pipeline: Pipeline, settings: Mapping[str, Any], observers: Sequence[Observer]
+    ) -> Server: ...

@@ -1,0 +1,114 @@
+"""What a hook returns: frozen descriptors with a lazy factory.
+
+A descriptor says enough to plan with and costs nothing to make: heavy libraries load only when its
+factory (``"module:attribute"``) is resolved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, TypeAlias
+
+from gr_core.types import Task
+
+API_VERSION = 1
+"""Version of the plugin contracts. A descriptor of another major version is refused."""
+
+Probe: TypeAlias = Callable[[], tuple[bool, str]]
+"""Says whether a thing is usable on this machine, and why or why not; quick; never raises."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Descriptor:
+    """What all descriptors share."""
+
+    name: str
+    """Unique among the descriptors of its kind, e.g. ``torch`` among engines."""
+    factory: str
+    """``"module:attribute"``, imported when first needed."""
+    summary: str = ""
+    """One line for people."""
+    probe: Probe | None = None
+    api_version: int = API_VERSION
+
+    def resolve(self) -> Any:
+        """Imports and returns the factory."""
+        module, _, attribute = self.factory.partition(":")
+        return getattr(import_module(module), attribute)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDescriptor(Descriptor):
+    """An architecture; ``factory(bundle) -> Model``. The name stands in a bundle's config.json."""
+
+    tasks: tuple[Task, ...]
+    formats: tuple[str, ...] = ("torch",)
+    """Formats of the artifact that a bundle of this architecture already is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExporterDescriptor(Descriptor):
+    """Turns artifacts of ``source`` into ``target``; ``factory() -> Exporter``."""
+
+    source: str
+    target: str
+    tasks: tuple[Task, ...]
+    architectures: tuple[str, ...] = ()
+    """Architectures that it can export; empty means any."""
+    automatic: bool = True
+    """Whether the planner may run it at load time without being asked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineDescriptor(Descriptor):
+    """Runs artifacts; ``factory() -> Engine | AsyncEngine``."""
+
+    formats: tuple[str, ...]
+    tasks: tuple[Task, ...]
+    devices: tuple[str, ...]
+    """``cpu``, ``cuda``."""
+    dtypes: tuple[str, ...]
+    """``float32``, ``bfloat16``, ``float16``, ``int8``; the first is the default."""
+    priority: int = 0
+    """Among feasible engines the planner takes the highest, unless this machine was measured."""
+    architectures: tuple[str, ...] = ()
+    """Architectures that it can run; empty means any."""
+    batches_itself: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheDescriptor(Descriptor):
+    """``factory(capacity_bytes) -> Cache``."""
+
+    kinds: tuple[str, ...]
+    """What it may hold, see `gr_core.contracts.CacheKind`."""
+    tiers: tuple[str, ...] = ("memory",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelDescriptor(Descriptor):
+    """An implementation of an op; ``factory`` is a callable with the op's signature."""
+
+    op: str
+    device: str
+    dtypes: tuple[str, ...]
+    supports: str = ""
+    """Shapes that it supports, for people; the callable itself decides."""
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerDescriptor(Descriptor):
+    """The name is the protocol, e.g. ``grpc``; ``factory(pipeline, settings, observers)``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandDescriptor(Descriptor):
+    """A sub-command of ``gr``; ``factory`` is a `click.Command`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObserverDescriptor(Descriptor):
+    """Told of requests, batches and loads; ``factory(settings) -> Observer``."""
