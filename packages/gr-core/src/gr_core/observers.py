@@ -113,7 +113,7 @@ class Observers(Sequence[Observer]):
     def __len__(self) -> int:
         return len(self._observers)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def,override]
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
         return self._observers[index]
 
     def notify(self, event: Event) -> None:

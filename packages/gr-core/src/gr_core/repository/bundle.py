@@ -1,0 +1,245 @@
+"""A bundle: one version of a model on disk.
+
+``config.json`` says what it is (architecture, tasks, the architecture's own configuration, feature
+schema) and lists the other files with their size and digest; ``model.safetensors`` holds the
+weights, ``catalogue.jsonl`` the items, ``MODEL_CARD.md`` what people should know.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gr_core.errors import BundleError
+from gr_core.repository.catalogue import Catalogue
+from gr_core.types import Task
+
+FORMAT_VERSION = 1
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+CATALOGUE = "catalogue.jsonl"
+CARD = "MODEL_CARD.md"
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_MAX_CONFIG_BYTES = 16 * 2**20
+
+
+def check_name(kind: str, value: object) -> str:
+    """A name or version that is safe as a folder's name. Raises `BundleError`."""
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        raise BundleError(
+            f"{kind}: {value!r} is not a usable name; use letters, digits, '.', '_', '-', "
+            "starting with a letter or digit, at most 128"
+        )
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class BundleSource:
+    """Where the weights come from, in the order in which they are tried.
+
+    ``checkpoint`` is an open checkpoint, a path relative to the bundle or absolute, that
+    ``importer`` reads with ``options``. Where it is absent or unusable, the bundle's own weights
+    are the fallback.
+    """
+
+    checkpoint: str
+    importer: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """The opened configuration of a bundle; weights are read by the architecture's plugin."""
+
+    path: Path
+    name: str
+    version: str
+    architecture: str
+    tasks: tuple[Task, ...]
+    config: Mapping[str, Any]
+    """The architecture's own configuration."""
+    features: Mapping[str, Any]
+    """The feature schema: signals, user, context and candidate features."""
+    description: str = ""
+    license: str = ""
+    source: BundleSource | None = None
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Size in bytes and SHA-256 of every other file."""
+
+    @property
+    def weights_path(self) -> Path:
+        return self.path / WEIGHTS
+
+    def catalogue(self) -> Catalogue:
+        return Catalogue.read(self.path / CATALOGUE)
+
+    def check_files(self) -> None:
+        """Raises `BundleError` for a file that is missing, truncated or altered."""
+        for name, facts in self.files.items():
+            path = self.path / name
+            if not path.is_file():
+                raise BundleError(f"{path}: missing; {CONFIG} lists it; copy the bundle again")
+            size = path.stat().st_size
+            if size != facts["bytes"]:
+                raise BundleError(
+                    f"{path}: {size} bytes, expected {facts['bytes']}; copy the bundle again"
+                )
+            if _digest(path) != facts["sha256"]:
+                raise BundleError(
+                    f"{path}: its SHA-256 differs from the one in {CONFIG}; copy the bundle again"
+                )
+
+    @staticmethod
+    def open(path: Path) -> Bundle:
+        """Reads ``config.json``. Raises `BundleError`, naming the file and the field."""
+        file = path / CONFIG
+        try:
+            if file.stat().st_size > _MAX_CONFIG_BYTES:
+                raise BundleError(f"{file}: larger than {_MAX_CONFIG_BYTES} bytes")
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise BundleError(f"{path}: not a bundle, it has no {CONFIG}") from None
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{file}: {error}") from error
+        return _from_json(path, file, data)
+
+
+def _from_json(path: Path, file: Path, data: Any) -> Bundle:
+    def get(key: str, kind: type, default: Any = None) -> Any:
+        value = data.get(key, default)
+        if not isinstance(value, kind):
+            raise BundleError(f"{file}: {key}: {value!r}, expected a {kind.__name__}")
+        return value
+
+    if not isinstance(data, dict):
+        raise BundleError(f"{file}: expected an object")
+    if data.get("format_version") != FORMAT_VERSION:
+        raise BundleError(
+            f"{file}: format_version: {data.get('format_version')!r}, "
+            f"this release reads {FORMAT_VERSION}"
+        )
+    try:
+        tasks = tuple(Task(t) for t in get("tasks", list))
+    except ValueError as error:
+        raise BundleError(f"{file}: tasks: {error}, expected {[t.value for t in Task]}") from None
+    source = data.get("source")
+    if source is not None:
+        try:
+            source = BundleSource(**source)
+        except TypeError as error:
+            raise BundleError(f"{file}: source: {error}") from None
+    files = get("files", dict, {})
+    for name, facts in files.items():
+        inside = Path(name)
+        if inside.is_absolute() or ".." in inside.parts:
+            raise BundleError(f"{file}: files: {name!r} lies outside the bundle")
+        if not isinstance(facts, dict) or not {"bytes", "sha256"} <= facts.keys():
+            raise BundleError(f"{file}: files: {name}: expected bytes and sha256")
+    return Bundle(
+        path=path,
+        name=check_name(f"{file}: name", data.get("name")),
+        version=check_name(f"{file}: version", data.get("version")),
+        architecture=get("architecture", str),
+        tasks=tasks,
+        config=get("config", dict),
+        features=get("features", dict, {}),
+        description=get("description", str, ""),
+        license=get("license", str, ""),
+        source=source,
+        files=files,
+    )
+
+
+def write_bundle(
+    out_dir: Path,
+    *,
+    name: str,
+    version: str,
+    architecture: str,
+    tasks: Sequence[Task],
+    config: Mapping[str, Any],
+    catalogue: Catalogue,
+    weights: Callable[[Path], None],
+    features: Mapping[str, Any] | None = None,
+    description: str = "",
+    license: str = "",
+    card: str = "",
+    source: BundleSource | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
+    overwrite: bool = False,
+) -> Bundle:
+    """Writes a bundle to ``out_dir`` at once or not at all.
+
+    ``weights`` is called with the path to write ``model.safetensors`` to. ``extra_files`` are
+    written beside it by name. Raises `BundleError` if ``out_dir`` exists and not ``overwrite``.
+    """
+    check_name("name", name)
+    check_name("version", version)
+    if out_dir.exists() and not overwrite and any(out_dir.iterdir()):
+        raise BundleError(f"{out_dir}: exists; choose another folder, or say --overwrite")
+    with atomic_folder(out_dir) as partial:
+        weights(partial / WEIGHTS)
+        catalogue.write(partial / CATALOGUE)
+        if card:
+            (partial / CARD).write_text(card, encoding="utf-8")
+        for file, content in (extra_files or {}).items():
+            (partial / file).write_bytes(content)
+        data: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "name": name,
+            "version": version,
+            "architecture": architecture,
+            "tasks": [t.value for t in tasks],
+            "description": description,
+            "license": license,
+            "config": dict(config),
+            "features": dict(features or {}),
+            "files": {
+                f.name: {"bytes": f.stat().st_size, "sha256": _digest(f)}
+                for f in sorted(partial.iterdir())
+            },
+        }
+        if source is not None:
+            data["source"] = {
+                "checkpoint": source.checkpoint,
+                "importer": source.importer,
+                "options": dict(source.options),
+            }
+        text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+        (partial / CONFIG).write_text(text, encoding="utf-8")
+    return Bundle.open(out_dir)
+
+
+@contextmanager
+def atomic_folder(out_dir: Path) -> Iterator[Path]:
+    """A new folder beside ``out_dir`` that takes its place when the block ends without an error."""
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        if out_dir.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-old-", dir=out_dir.parent))
+            os.replace(out_dir, old / "bundle")
+            os.replace(partial, out_dir)
+            shutil.rmtree(old)
+        else:
+            os.replace(partial, out_dir)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
