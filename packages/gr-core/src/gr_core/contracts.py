@@ -141,7 +141,7 @@ class Model(Protocol):
 
 @runtime_checkable
 class TorchModel(Model, Protocol):
-    """A model of the format ``torch``: a module with plain tensor inputs, for engines and exporters.
+    """A model of the format ``torch``: it offers a module with plain tensor inputs.
 
     ``module(task)`` takes the task's inputs by name, batched, and returns for `Task.RANK` the
     outputs of the heads (batch, candidates, heads), and for `Task.RETRIEVE` the user's

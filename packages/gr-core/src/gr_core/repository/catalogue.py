@@ -24,11 +24,12 @@ class Catalogue:
     """
 
     def __init__(self, ids: Sequence[ItemId] | ItemIds, titles: Sequence[str] = ()) -> None:
-        self.ids: ItemIds = item_id_array(list(ids) if not isinstance(ids, np.ndarray) else ids.tolist())
+        rows = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+        self.ids: ItemIds = item_id_array(rows)
         self.titles = tuple(titles)
         if self.titles and len(self.titles) != len(self.ids):
             raise BundleError(
-                f"catalogue: {len(self.titles)} titles for {len(self.ids)} items; one each is needed"
+                f"catalogue: {len(self.titles)} titles for {len(self.ids)} items, expected one each"
             )
         self._integer = self.ids.dtype == np.int64
         self._by_id: dict[str, int] = {}

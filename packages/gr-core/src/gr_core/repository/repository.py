@@ -69,7 +69,9 @@ class ModelRepository:
         versions = self.versions(name)
         version = version or self.active(name)
         if version not in versions:
-            raise NotFound(f"model {name!r} has no version {version!r}; there are: {_list(versions)}")
+            raise NotFound(
+                f"model {name!r} has no version {version!r}; there are: {_list(versions)}"
+            )
         bundle = Bundle.open(self.path / name / version)
         if (bundle.name, bundle.version) != (name, version):
             raise BundleError(
