@@ -40,15 +40,16 @@ class Feature:
         if self.kind == "bucket" and (
             not self.boundaries or list(self.boundaries) != sorted(set(self.boundaries))
         ):
-            raise BundleError(f"feature {self.name!r}: boundaries must be given and ascend strictly")
+            raise BundleError(f"feature {self.name!r}: boundaries must be given, ascending")
         if self.kind == "categorical" and len(set(self.values)) != len(self.values):
             raise BundleError(f"feature {self.name!r}: a value occurs twice")
 
     @property
     def cardinality(self) -> int:
         """Number of bucket ids, 0 for missing among them."""
-        sizes = {"binary": 3, "bucket": len(self.boundaries) + 2, "categorical": len(self.values) + 1}
-        return sizes[self.kind]
+        if self.kind == "binary":
+            return 3
+        return len(self.boundaries) + 2 if self.kind == "bucket" else len(self.values) + 1
 
     def encode(self, column: npt.NDArray[Any]) -> IntArray:
         """Bucket ids of numbers, shape (n,) -> (n,) int64; NaN is missing."""
@@ -110,7 +111,7 @@ class FeatureSchema:
     def from_dict(data: Mapping[str, Any]) -> FeatureSchema:
         """Raises `BundleError` for an unknown or malformed field."""
         try:
-            groups = {
+            groups: dict[str, Any] = {
                 group: tuple(
                     Feature(
                         name=f["name"],
