@@ -1,0 +1,262 @@
+"""The micro-batcher: a bounded queue before an engine, emptied by one worker thread.
+
+While the engine is idle a request is computed at once, alone. While it is busy requests gather,
+and the next batch is the oldest of them with those nearest to it in length, so that nobody starves
+and little is padded. What is late or cancelled is dropped before it is computed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from gr_core.contracts import EncodedRequest, Engine, InferenceResult
+from gr_core.errors import DeadlineExceeded, GrError, Overloaded, Unavailable
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchingOptions:
+    """Bounds of a batch and of the queue before it."""
+
+    max_batch_size: int = 32
+    max_batch_tokens: int = 65536
+    """Batch size times its longest request; one request alone may exceed it."""
+    max_queue: int = 512
+    """Requests that may wait; one more is refused."""
+    length_ratio: float = 2.0
+    """The longest of a batch has at most this many times the tokens of the shortest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batched:
+    """A result with how it was computed; seconds."""
+
+    result: InferenceResult
+    queue_s: float
+    compute_s: float
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchReport:
+    """What the worker tells after each batch."""
+
+    batch: Sequence[EncodedRequest]
+    compute_s: float
+    queue_depth: int
+
+
+@dataclass(slots=True)
+class _Pending:
+    request: EncodedRequest
+    deadline: float | None
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[Batched]
+    queued_at: float = field(default_factory=time.monotonic)
+
+
+_Outcome = Batched | BaseException
+
+
+class MicroBatcher:
+    """Runs an `Engine` on a thread of its own. `infer` belongs to event loops, the rest to anyone.
+
+    ``on_batch`` is told of each batch and ``on_drop`` of each dropped request (``deadline``,
+    ``cancelled`` or ``full``), on whichever thread that happens.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        options: BatchingOptions,
+        *,
+        name: str = "engine",
+        on_batch: Callable[[BatchReport], None] = lambda report: None,
+        on_drop: Callable[[str], None] = lambda reason: None,
+    ) -> None:
+        self._engine = engine
+        self._options = options
+        self._name = name
+        self._on_batch = on_batch
+        self._on_drop = on_drop
+        self._queue: list[_Pending] = []
+        self._wakeup = threading.Condition()
+        self._closing = False
+        self._seconds_per_request = 0.01
+        self._thread = threading.Thread(target=self._run, name=f"gr-{name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def depth(self) -> int:
+        """Requests that wait."""
+        return len(self._queue)
+
+    async def infer(self, request: EncodedRequest, deadline: float | None = None) -> Batched:
+        """Queues a request and awaits its result.
+
+        ``deadline`` is in `time.monotonic()` seconds. Raises `Overloaded` at once when the queue is
+        full, `DeadlineExceeded` for a late request, `Unavailable` when closing, and whatever the
+        engine raised for this very request.
+        """
+        loop = asyncio.get_running_loop()
+        pending = _Pending(request, deadline, loop, loop.create_future())
+        with self._wakeup:
+            if self._closing:
+                raise Unavailable(f"{self._name} is closing")
+            if len(self._queue) >= self._options.max_queue:
+                waiting = len(self._queue) * self._seconds_per_request
+                full = Overloaded(
+                    f"the queue of {self._name} is full ({len(self._queue)} requests)",
+                    retry_after_s=min(max(waiting, 0.01), 30.0),
+                )
+            else:
+                full = None
+                self._queue.append(pending)
+                self._wakeup.notify()
+        if full is not None:
+            self._on_drop("full")
+            raise full
+        return await pending.future
+
+    def close(self) -> None:
+        """Finishes what is queued, then stops the thread. May be called twice."""
+        with self._wakeup:
+            self._closing = True
+            self._wakeup.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    # The worker thread.
+
+    def _run(self) -> None:
+        while True:
+            with self._wakeup:
+                while not self._queue and not self._closing:
+                    self._wakeup.wait()
+                if not self._queue:
+                    return
+                batch, dropped = self._take(time.monotonic())
+            if dropped:
+                _deliver(dropped, [self._late(pending) for pending in dropped])
+            if batch:
+                self._compute(batch)
+
+    def _late(self, pending: _Pending) -> _Outcome:
+        cancelled = pending.future.cancelled()
+        self._on_drop("cancelled" if cancelled else "deadline")
+        return DeadlineExceeded(f"the deadline passed in the queue of {self._name}")
+
+    def _take(self, now: float) -> tuple[list[_Pending], list[_Pending]]:
+        """Removes the next batch, and what is late or cancelled, from the queue."""
+        dropped = [
+            p
+            for p in self._queue
+            if p.future.cancelled() or (p.deadline is not None and p.deadline <= now)
+        ]
+        if dropped:
+            gone = set(map(id, dropped))
+            self._queue = [p for p in self._queue if id(p) not in gone]
+        if not self._queue:
+            return [], dropped
+        batch = select_batch([p.request for p in self._queue], self._options)
+        chosen = set(batch)
+        taken = [self._queue[i] for i in batch]
+        self._queue = [p for i, p in enumerate(self._queue) if i not in chosen]
+        return taken, dropped
+
+    def _compute(self, batch: list[_Pending]) -> None:
+        started = time.monotonic()
+        outcomes: list[_Outcome]
+        try:
+            results = self._infer([p.request for p in batch])
+        except Exception as error:
+            if len(batch) == 1:
+                outcomes = [error]
+            else:
+                self._log_failure(error, len(batch))
+                outcomes = [self._alone(p, started) for p in batch]
+        else:
+            compute_s = time.monotonic() - started
+            self._seconds_per_request += 0.1 * (compute_s / len(batch) - self._seconds_per_request)
+            outcomes = [
+                Batched(result, started - p.queued_at, compute_s, len(batch))
+                for p, result in zip(batch, results, strict=True)
+            ]
+        _deliver(batch, outcomes)
+        self._on_batch(
+            BatchReport([p.request for p in batch], time.monotonic() - started, len(self._queue))
+        )
+
+    def _infer(self, requests: list[EncodedRequest]) -> Sequence[InferenceResult]:
+        results = self._engine.infer(requests)
+        if len(results) != len(requests):
+            raise RuntimeError(f"{self._name}: {len(results)} results for {len(requests)} requests")
+        return results
+
+    def _alone(self, pending: _Pending, started: float) -> _Outcome:
+        """Computes one request of a failed batch by itself, so that only the poisoned one fails."""
+        alone = time.monotonic()
+        try:
+            (result,) = self._infer([pending.request])
+        except Exception as error:
+            return error
+        return Batched(result, started - pending.queued_at, time.monotonic() - alone, 1)
+
+    def _log_failure(self, error: Exception, size: int) -> None:
+        if isinstance(error, GrError):
+            logger.warning("%s: a batch of %d failed (%s), one by one now", self._name, size, error)
+        else:
+            logger.exception("%s: a batch of %d failed, one by one now", self._name, size)
+
+
+def select_batch(requests: Sequence[EncodedRequest], options: BatchingOptions) -> list[int]:
+    """Indices of the next batch among queued requests, oldest first.
+
+    The oldest is always in it. Of those of its task, the nearest in tokens join it while the batch
+    keeps its size, the ratio of its longest to its shortest, and its padded tokens.
+    """
+    first = requests[0]
+    low = high = max(first.tokens, 1)
+    batch = [0]
+    others = [i for i in range(1, len(requests)) if requests[i].task == first.task]
+    others.sort(key=lambda i: abs(requests[i].tokens - first.tokens))
+    for i in others:
+        if len(batch) >= options.max_batch_size:
+            break
+        tokens = max(requests[i].tokens, 1)
+        new_low, new_high = min(low, tokens), max(high, tokens)
+        if new_high > options.length_ratio * new_low:
+            continue
+        if new_high * (len(batch) + 1) > options.max_batch_tokens:
+            continue
+        low, high = new_low, new_high
+        batch.append(i)
+    return sorted(batch)
+
+
+def _deliver(batch: Sequence[_Pending], outcomes: Sequence[_Outcome]) -> None:
+    """Hands outcomes to their event loops, waking each loop once."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Pending, _Outcome]]] = {}
+    for pending, outcome in zip(batch, outcomes, strict=True):
+        by_loop.setdefault(pending.loop, []).append((pending, outcome))
+    for loop, group in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_resolve, group)
+        except RuntimeError:
+            logger.debug("an event loop closed before its results came")
+
+
+def _resolve(group: Sequence[tuple[_Pending, _Outcome]]) -> None:
+    for pending, outcome in group:
+        if pending.future.done():
+            continue
+        if isinstance(outcome, BaseException):
+            pending.future.set_exception(outcome)
+        else:
+            pending.future.set_result(outcome)
