@@ -1,0 +1,1 @@
+"""Building blocks: attention and its masks, layers, embeddings, heads."""

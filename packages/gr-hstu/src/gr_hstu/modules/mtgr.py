@@ -1,0 +1,99 @@
+"""The MTGR layer and stack: HSTU-like attention with a layer norm per token group.
+
+Shapes: B batch, T tokens given, S tokens seen (cached and given), D model width, H heads,
+K columns of Q and K per head, V columns of U and V per head, N layers, F normalized width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gr_hstu.config import MTGRConfig
+from gr_hstu.modules.attention import hstu_attention
+from gr_hstu.modules.masks import NUM_GROUPS
+
+
+class GroupLayerNorm(nn.Module):
+    """LayerNorm with its own scale and shift for each token group (arXiv 2505.18654)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(NUM_GROUPS, width))
+        self.bias = nn.Parameter(torch.zeros(NUM_GROUPS, width))
+        self.eps = eps
+
+    def forward(self, x_BTF: Tensor, group_BT: Tensor) -> Tensor:
+        normed_BTF = F.layer_norm(x_BTF, (x_BTF.shape[-1],), eps=self.eps)
+        return normed_BTF * self.weight[group_BT] + self.bias[group_BT]
+
+
+class MTGRLayer(nn.Module):
+    """X̃ = GroupLN(X); Q, K, V, U = SiLU(W1 X̃); X + W2 · GroupLN(SiLU(Q Kᵀ)/N ⊙ M · V ⊙ U)."""
+
+    def __init__(self, config: MTGRConfig) -> None:
+        super().__init__()
+        self.config = config
+        gated = config.num_heads * config.v_dim
+        self.split_sizes = [gated, gated] + [config.num_heads * config.qk_dim] * 2
+        self.input_norm = GroupLayerNorm(config.d_model, config.norm_eps)
+        self.uvqk = nn.Linear(config.d_model, sum(self.split_sizes))
+        self.gate_norm = GroupLayerNorm(gated, config.norm_eps)
+        self.output = nn.Linear(gated, config.d_model)
+        for linear in (self.uvqk, self.output):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        group_BT: Tensor,
+        mask_BTS: Tensor,
+        past: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the tokens (B, T, D), and their K (B, T, H, K) and V (B, T, H, V)."""
+        projected = F.silu(self.uvqk(self.input_norm(x_BTD, group_BT)))
+        u_BTF, v, q, k = projected.split(self.split_sizes, dim=-1)
+        heads = (self.config.num_heads, -1)
+        q_BTHK, k_BTHK = q.unflatten(-1, heads), k.unflatten(-1, heads)
+        v_BTHV = v.unflatten(-1, heads)
+        k_BSHK, v_BSHV = k_BTHK, v_BTHV
+        if past is not None:
+            k_BSHK = torch.cat([past[0], k_BTHK], dim=1)
+            v_BSHV = torch.cat([past[1], v_BTHV], dim=1)
+        attended_BTHV = hstu_attention(
+            q_BTHK,
+            k_BSHK,
+            v_BSHV,
+            mask_BTS,
+            alpha=1.0,
+            divisor=self.config.max_seq_len,
+        )
+        gated_BTF = self.gate_norm(attended_BTHV.flatten(-2) * u_BTF, group_BT)
+        gated_BTF = F.dropout(gated_BTF, self.config.dropout, self.training)
+        return self.output(gated_BTF) + x_BTD, k_BTHK, v_BTHV
+
+
+class MTGRStack(nn.Module):
+    """Layers one after another, over given tokens and, before them, cached ones."""
+
+    def __init__(self, config: MTGRConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(MTGRLayer(config) for _ in range(config.num_layers))
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        group_BT: Tensor,
+        mask_BTS: Tensor,
+        past: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the tokens (B, T, D), and their K (N, B, T, H, K) and V (N, B, T, H, V)."""
+        keys, values = [], []
+        for i, layer in enumerate(self.layers):
+            layer_past = None if past is None else (past[0][i], past[1][i])
+            x_BTD, k_BTHK, v_BTHV = layer(x_BTD, group_BT, mask_BTS, layer_past)
+            keys.append(k_BTHK)
+            values.append(v_BTHV)
+        return x_BTD, torch.stack(keys), torch.stack(values)
