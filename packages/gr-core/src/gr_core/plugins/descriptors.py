@@ -76,6 +76,9 @@ class EngineDescriptor(Descriptor):
     architectures: tuple[str, ...] = ()
     """Architectures that it can run; empty means any."""
     batches_itself: bool = False
+    device_probe: Callable[[str], tuple[bool, str]] | None = None
+    """Like ``probe``, for one of the ``devices`` that this machine has, e.g. whether the installed
+    library was built for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
