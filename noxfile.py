@@ -1,0 +1,200 @@
+"""The development sessions. `nox` runs what a change must pass; `nox --list` shows all.
+
+    nox -s demo                         the README's demo
+    nox -s "tests(gr-core)"             one package's tests
+    nox -s "tests(gr-hstu)" -- -k mask  arguments after -- go to pytest
+
+Sessions that test the checkout share one environment, ``workbench``, where every package is
+installed editable: building it once is most of what it costs. What must not share an environment
+does not: ``isolated`` proves each built wheel beside gr-core alone, ``minimums`` proves the oldest
+supported dependencies, ``demo`` has what a user would have. All of them install with pip, from
+constraints.txt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.10.14"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_existing_virtualenvs = True
+
+ROOT = Path(__file__).parent
+CONSTRAINTS = ROOT / "constraints.txt"
+MINIMUMS = ROOT / "constraints-minimum.txt"
+DIST = ROOT / "dist"
+PROTOC = "1.67.1"
+"""Generated code refuses an older runtime, so the oldest supported grpcio-tools makes it."""
+
+PACKAGES = sorted(
+    (path.parent.name for path in ROOT.glob("packages/*/pyproject.toml")),
+    key=lambda name: (name != "gr-core", name),
+)
+"""gr-core first: the others need it, and local paths cannot be said in their metadata."""
+SOURCES = ("packages", "examples", "tests", "scripts", "benchmarks", "noxfile.py")
+NO_GPU = ("-m", "not gpu")
+QUICK = ("-m", "not gpu and not slow")
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+package = importlib.import_module(sys.argv[1])
+for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+    if not module.name.endswith((".testing", ".__main__")):
+        importlib.import_module(module.name)
+"""
+
+
+# ── What a change must pass ───────────────────────────────────────────────────────────────────
+
+
+@nox.session(venv_backend="none", requires=["workbench"])
+def lint(session: nox.Session) -> None:
+    """Style and format of all Python code."""
+    on_workbench(session, "ruff", "check", *existing(SOURCES))
+    on_workbench(session, "ruff", "format", "--check", *existing(SOURCES))
+
+
+@nox.session(venv_backend="none", requires=["workbench"])
+def typecheck(session: nox.Session) -> None:
+    """Static types, strict."""
+    on_workbench(session, "mypy")
+
+
+@nox.session
+def protos(session: nox.Session) -> None:
+    """Regenerates the gRPC code and compares; lint and breaking changes of the protos."""
+    session.install(f"grpcio-tools=={PROTOC}", "setuptools<81", "googleapis-common-protos")
+    session.run("python", "scripts/gen_protos.py", *(session.posargs or ["--check"]))
+
+
+@nox.session(venv_backend="none", requires=["workbench"])
+@nox.parametrize("package", PACKAGES, ids=PACKAGES)
+def tests(session: nox.Session, package: str) -> None:
+    """One package's tests, with all packages installed."""
+    pytest(session, f"packages/{package}/tests", *NO_GPU)
+
+
+@nox.session(venv_backend="none", requires=["workbench"])
+def integration(session: nox.Session) -> None:
+    """All packages together: the real server, the example plugin, the scaffold."""
+    pytest(session, "tests", *NO_GPU, "--ignore=tests/docs")
+
+
+@nox.session(venv_backend="none", requires=["workbench"])
+def docs(session: nox.Session) -> None:
+    """The code of the README and the docs runs, their links lead somewhere, nothing is missing."""
+    pytest(session, "tests/docs")
+
+
+@nox.session(requires=["build"], reuse_venv=False)
+@nox.parametrize("package", PACKAGES, ids=PACKAGES)
+def isolated(session: nox.Session, package: str) -> None:
+    """One package's built wheel beside gr-core's alone, in a clean environment."""
+    wheels = list(dict.fromkeys([wheel("gr-core"), wheel(package)]))
+    session.install("-c", str(CONSTRAINTS), *wheels)
+    # Before the test tools, whose dependencies could hide one that the wheel forgot.
+    session.run("python", "-m", "pip", "check", silent=True)
+    session.run("python", "-c", IMPORT_ALL, package.replace("-", "_"))
+    session.install("-c", str(CONSTRAINTS), *wheels, *test_requirements([package]))
+    session.run("python", "-m", "pytest", f"packages/{package}/tests", *QUICK, *session.posargs)
+
+
+@nox.session(python="3.11")
+def minimums(session: nox.Session) -> None:
+    """All packages' tests with the oldest supported dependencies, torch aside."""
+    install_editable(session, MINIMUMS, *test_requirements(PACKAGES))
+    for package in PACKAGES:
+        session.run("python", "-m", "pytest", f"packages/{package}/tests", *QUICK, *session.posargs)
+
+
+# ── On request ────────────────────────────────────────────────────────────────────────────────
+
+
+@nox.session(default=False)
+def demo(session: nox.Session) -> None:
+    """Starts the server with the shipped models and asks it for recommendations over gRPC."""
+    install_editable(session, CONSTRAINTS)
+    session.run("python", "examples/demo.py", *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["workbench"], default=False)
+def bench(session: nox.Session) -> None:
+    """Measures the server under load and writes the figures of benchmarks/."""
+    on_workbench(session, "python", "benchmarks/serving.py", *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["workbench"], default=False)
+def gpu(session: nox.Session) -> None:
+    """The tests that need a CUDA device."""
+    pytest(session, *existing([f"packages/{p}/tests" for p in PACKAGES]), "tests", "-m", "gpu")
+
+
+@nox.session(default=False)
+def build(session: nox.Session) -> None:
+    """Builds each package's sdist, and its wheel from that sdist, into dist/."""
+    session.install("-c", str(CONSTRAINTS), "build", "hatchling")
+    shutil.rmtree(DIST, ignore_errors=True)
+    for package in PACKAGES:
+        session.run(
+            "python", "-m", "build", "--no-isolation", "--outdir", str(DIST),
+            f"packages/{package}", silent=True,
+        )  # fmt: skip
+
+
+@nox.session(default=False)
+def workbench(session: nox.Session) -> None:
+    """The shared environment: all packages, editable, and the tools of development."""
+    install_editable(session, CONSTRAINTS, *test_requirements(PACKAGES), *dev_requirements())
+
+
+# ── How ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def on_workbench(session: nox.Session, program: str, *arguments: str) -> None:
+    folder = session.cache_dir.parent / "workbench" / "bin"
+    session.run(str(folder / program), *arguments, external=True)
+
+
+def pytest(session: nox.Session, *arguments: str) -> None:
+    on_workbench(session, "python", "-m", "pytest", *arguments, *session.posargs)
+
+
+def install_editable(session: nox.Session, constraints: Path, *requirements: str) -> None:
+    """All packages in one command, so that pip sees that they satisfy each other.
+
+    Does nothing where this environment was made in the same way before.
+    """
+    stamp = Path(session.virtualenv.location) / "installed"
+    files = [constraints, *sorted(ROOT.glob("packages/*/pyproject.toml"))]
+    made_of = hashlib.sha256(b"".join(f.read_bytes() for f in files) + repr(requirements).encode())
+    if stamp.exists() and stamp.read_text() == made_of.hexdigest():
+        return
+    stamp.unlink(missing_ok=True)
+    editable = [word for package in PACKAGES for word in ("-e", f"packages/{package}")]
+    session.install("-c", str(constraints), *editable, *requirements)
+    stamp.write_text(made_of.hexdigest())
+
+
+def test_requirements(packages: list[str]) -> list[str]:
+    """What the tests of packages need, as their pyproject.toml files say."""
+    found: dict[str, None] = {}
+    for package in packages:
+        project = nox.project.load_toml(f"packages/{package}/pyproject.toml")
+        found.update(dict.fromkeys(nox.project.dependency_groups(project, "test")))
+    return list(found)
+
+
+def dev_requirements() -> list[str]:
+    return list(nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), "dev"))
+
+
+def wheel(package: str) -> str:
+    (found,) = DIST.glob(f"{package.replace('-', '_')}-*.whl")
+    return str(found)
+
+
+def existing(paths: tuple[str, ...] | list[str]) -> list[str]:
+    return [path for path in paths if (ROOT / path).exists()]
