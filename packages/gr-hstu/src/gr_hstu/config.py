@@ -118,7 +118,7 @@ class HSTUConfig(_Config):
 
     variant: Variant
     num_items: int
-    """Catalogue size N. Items have indices 1..N; 0 is padding."""
+    """Catalogue size N. Items have indices 1..N; 0 is padding. A bare stack has 0 items."""
     d_model: int
     num_layers: int
     num_heads: int
@@ -179,8 +179,8 @@ class HSTUConfig(_Config):
 
     def _check(self) -> None:
         self._at_least(1, "d_model", "num_layers", "num_heads", "d_qk", "d_v", "max_seq_len")
-        self._at_least(1, "num_items", "mlp_dim", "time_bias_buckets")
-        self._at_least(0, "max_attn_len", "position_buckets", "time_buckets")
+        self._at_least(1, "mlp_dim", "time_bias_buckets")
+        self._at_least(0, "num_items", "max_attn_len", "position_buckets", "time_buckets")
         self._fraction("dropout", "input_dropout")
         self._cardinalities(
             "signal_cardinalities",
@@ -190,6 +190,8 @@ class HSTUConfig(_Config):
             "candidate_cardinalities",
         )
         self._unique_heads(self.heads)
+        if self.variant == "ranking" and self.attention_activation == "softmax":
+            raise self._error("attention_activation", "softmax", "'silu' in the ranking variant")
         if self.norm_eps <= 0:
             raise self._error("norm_eps", self.norm_eps, "more than 0")
         if self.temperature <= 0:

@@ -72,6 +72,19 @@ class HSTURetrieval(nn.Module):
         Position i has seen behaviours 0..i and the *time* of behaviour i + 1 (of the request, for
         the last one), and predicts item i + 1.
         """
+        length = history_items.shape[1]
+        if self.config.attention_activation == "softmax":
+            # Its denominator runs over the padding too, which is therefore as in training.
+            padding = (0, self.config.max_seq_len - length)
+            position_N = torch.arange(self.config.max_seq_len, device=history_items.device)
+            history_items = F.pad(history_items, padding)
+            history_timestamps = torch.where(
+                position_N == history_lengths[:, None],
+                request_time[:, None],
+                F.pad(history_timestamps, padding) * (position_N < history_lengths[:, None]),
+            )
+            if history_signals is not None:
+                history_signals = F.pad(history_signals, (0, 0, *padding))
         tokens = history_tokens(0, history_items, history_lengths, contextual=False)
         x_BLD = self.embed(history_items, history_signals)
         x_BLD = F.dropout(x_BLD, self.config.input_dropout, self.training)
@@ -80,7 +93,8 @@ class HSTURetrieval(nn.Module):
             tokens.rank_BT, history_timestamps, history_lengths, request_time
         )
         x_BLD, _, _ = self.stack(x_BLD, hstu_mask(tokens, tokens), index)
-        return self._normalize_user(x_BLD).masked_fill(~tokens.valid_BT[..., None], 0.0)
+        encoded_BLD = self._normalize_user(x_BLD).masked_fill(~tokens.valid_BT[..., None], 0.0)
+        return encoded_BLD[:, :length]
 
     def embed(self, history_items: Tensor, history_signals: Tensor | None) -> Tensor:
         """Scaled item and signal embeddings plus the position's (B, L, D)."""

@@ -1,4 +1,4 @@
-"""The op `hstu_attention`: pointwise SiLU attention, the dense definition.
+"""The op `hstu_attention`, pointwise SiLU attention: the dense definition.
 
 Shapes: B batch, T queries, S keys, H heads, K columns of Q and K, V columns of V.
 """
@@ -31,3 +31,28 @@ def hstu_attention(
     weight_BHTS = F.silu(score_BHTS) / divisor
     weight_BHTS = weight_BHTS.masked_fill(~mask_BTS[:, None], 0.0)
     return torch.einsum("bhts,bshv->bthv", weight_BHTS, v_BSHV)
+
+
+def softmax_attention(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    mask_BTT: Tensor,
+    *,
+    bias_BTT: Tensor | None = None,
+) -> Tensor:
+    """The research code's `softmax_rel_bias`, kept for the checkpoints trained with it.
+
+    As there, the heads form one wide head (while the scale stays that of one), and the softmax is
+    taken before the mask: over all tokens, future and padding among them, the latter with keys of
+    zero. So the number of tokens has to be the trained one. Returns (B, T, H, V).
+    """
+    # A token sees itself unless it is padding.
+    valid_BT = mask_BTT.diagonal(dim1=1, dim2=2)
+    k_BTF = k_BTHK.flatten(-2).masked_fill(~valid_BT[..., None], 0.0)
+    score_BTT = torch.einsum("btf,bsf->bts", q_BTHK.flatten(-2), k_BTF)
+    if bias_BTT is not None:
+        score_BTT = score_BTT + bias_BTT
+    weight_BTT = torch.softmax(score_BTT * q_BTHK.shape[-1] ** -0.5, dim=-1)
+    weight_BTT = weight_BTT.masked_fill(~mask_BTT, 0.0)
+    return torch.einsum("bts,bshv->bthv", weight_BTT, v_BTHV)

@@ -57,7 +57,7 @@ def since_previous(timestamps_BL: Tensor) -> Tensor:
 
 def last_timestamp(timestamps_BL: Tensor, lengths_B: Tensor) -> Tensor:
     """Time of the last behaviour, int64 (B,); `-NEVER` for an empty history."""
-    before_B1 = torch.full_like(timestamps_BL[:, :1], -NEVER)
+    before_B1 = timestamps_BL.new_full((timestamps_BL.shape[0], 1), -NEVER)
     return torch.cat([before_B1, timestamps_BL], dim=1).gather(1, lengths_B[:, None]).squeeze(1)
 
 

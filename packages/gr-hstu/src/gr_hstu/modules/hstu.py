@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gr_hstu.config import HSTUConfig
-from gr_hstu.modules.attention import hstu_attention
+from gr_hstu.modules.attention import hstu_attention, softmax_attention
 from gr_hstu.modules.bias import RelativeBias, RelativeIndex
 
 
@@ -26,7 +26,7 @@ class HeadNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_BTF: Tensor) -> Tensor:
-        x_BTHV = x_BTF.unflatten(-1, (self.num_heads, -1))
+        x_BTHV = torch.unflatten(x_BTF, -1, (self.num_heads, -1))
         normed_BTHV = F.layer_norm(x_BTHV, (x_BTHV.shape[-1],), eps=self.eps)
         return (normed_BTHV * self.weight[:, None] + self.bias[:, None]).flatten(-2)
 
@@ -79,16 +79,17 @@ class HSTULayer(nn.Module):
         if self.config.variant == "research":
             if self.config.projection_activation == "silu":
                 projected = F.silu(projected)
-            u, v, q, k = projected.split(self.split_sizes, dim=-1)
+            u, v, q, k = torch.split(projected, self.split_sizes, dim=-1)
         else:
-            u, v, q, k = projected.split(self.split_sizes, dim=-1)
+            u, v, q, k = torch.split(projected, self.split_sizes, dim=-1)
             u = F.silu(u)
         heads = (self.config.num_heads, -1)
-        return u, v.unflatten(-1, heads), q.unflatten(-1, heads), k.unflatten(-1, heads)
+        v_BTHV, q_BTHK, k_BTHK = (torch.unflatten(part, -1, heads) for part in (v, q, k))
+        return u, v_BTHV, q_BTHK, k_BTHK
 
     def gate(self, u_BTF: Tensor, attended_BTF: Tensor) -> Tensor:
         """What the output projection reads."""
-        normed_BTF = self.attention_norm(attended_BTF)
+        normed_BTF: Tensor = self.attention_norm(attended_BTF)
         if self.config.variant == "ranking":
             return torch.cat([u_BTF, attended_BTF, u_BTF * normed_BTF], dim=-1)
         if self.config.concat_ua:
@@ -114,15 +115,19 @@ class HSTULayer(nn.Module):
         bias_BTS = None
         if self.relative_bias is not None and index is not None:
             bias_BTS = self.relative_bias(index)
-        attended_BTHV = hstu_attention(
-            q_BTHK,
-            k_BSHK,
-            v_BSHV,
-            mask_BTS,
-            alpha=self.config.scale,
-            divisor=self.config.divisor,
-            bias_BTS=bias_BTS,
-        )
+        if self.config.attention_activation == "softmax":
+            assert past is None, "the softmax variant has no reusable K/V"
+            attended_BTHV = softmax_attention(q_BTHK, k_BTHK, v_BTHV, mask_BTS, bias_BTT=bias_BTS)
+        else:
+            attended_BTHV = hstu_attention(
+                q_BTHK,
+                k_BSHK,
+                v_BSHV,
+                mask_BTS,
+                alpha=self.config.scale,
+                divisor=self.config.divisor,
+                bias_BTS=bias_BTS,
+            )
         gated = self.gate(u_BTF, attended_BTHV.flatten(-2))
         gated = F.dropout(gated, self.config.dropout, self.training)
         return self.output(gated) + x_BTD, k_BTHK, v_BTHV

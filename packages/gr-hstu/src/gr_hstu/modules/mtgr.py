@@ -54,10 +54,9 @@ class MTGRLayer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the tokens (B, T, D), and their K (B, T, H, K) and V (B, T, H, V)."""
         projected = F.silu(self.uvqk(self.input_norm(x_BTD, group_BT)))
-        u_BTF, v, q, k = projected.split(self.split_sizes, dim=-1)
+        u_BTF, v, q, k = torch.split(projected, self.split_sizes, dim=-1)
         heads = (self.config.num_heads, -1)
-        q_BTHK, k_BTHK = q.unflatten(-1, heads), k.unflatten(-1, heads)
-        v_BTHV = v.unflatten(-1, heads)
+        v_BTHV, q_BTHK, k_BTHK = (torch.unflatten(part, -1, heads) for part in (v, q, k))
         k_BSHK, v_BSHV = k_BTHK, v_BTHV
         if past is not None:
             k_BSHK = torch.cat([past[0], k_BTHK], dim=1)

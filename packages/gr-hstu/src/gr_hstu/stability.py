@@ -1,0 +1,69 @@
+"""Which K and V stay true when a history grows: the condition for reusing them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gr_hstu.config import HSTUConfig, MTGRConfig
+
+
+@dataclass(frozen=True)
+class PrefixStability:
+    """What a cache may reuse exactly, and what it has to key on besides the behaviours' content."""
+
+    reusable: Literal["growing", "unchanged", "none"]
+    """`growing`: K and V stay true when behaviours are appended. `unchanged`: only for the same
+    history (of MTGR: the same S). `none`: nothing is."""
+    recompute_last: int
+    """Of a growing history, the last tokens to compute anew once newer ones follow."""
+    depends_on: tuple[str, ...]
+    """Further inputs of the model that the K and V of the history depend on."""
+    reason: str
+
+
+def prefix_stability(config: HSTUConfig | MTGRConfig) -> PrefixStability:
+    """Holds for a history that keeps its oldest behaviour; dropping that shifts all positions."""
+    depends_on = []
+    if config.user_cardinalities:
+        depends_on.append("user_features")
+    if config.context_cardinalities and config.context_placement == "prefix":
+        depends_on.append("context_features")
+    if isinstance(config, MTGRConfig):
+        return PrefixStability(
+            "unchanged",
+            0,
+            tuple(depends_on),
+            "U and S attend to all of U and S, and never to R or candidates; "
+            "appending to S changes all of it",
+        )
+    if config.variant == "research":
+        if config.attention_activation == "softmax":
+            return PrefixStability(
+                "none", 0, (), "the softmax variant normalizes over later tokens and padding"
+            )
+        if config.relative_bias:
+            return PrefixStability(
+                "growing",
+                1,
+                (),
+                "causal, positions from the start; the time bias of the last token reads the "
+                "time of what follows",
+            )
+        return PrefixStability("growing", 0, (), "causal, positions from the start")
+    if config.time_buckets and config.time_from == "request":
+        depends_on.append("request_time")
+    if config.contextual_mask and config.num_prefix_tokens:
+        reason = "prefix tokens see the whole history, and all of the history sees them"
+    elif config.position_buckets and config.position_from == "end":
+        reason = "positions are counted from the end of the history"
+    elif "request_time" in depends_on:
+        reason = "time embeddings are relative to the request"
+    else:
+        return PrefixStability(
+            "growing",
+            0,
+            tuple(depends_on),
+            "causal, positions from the start, times relative to earlier behaviours",
+        )
+    return PrefixStability("unchanged", 0, tuple(depends_on), reason)
