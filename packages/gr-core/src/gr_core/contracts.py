@@ -11,7 +11,7 @@ import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -91,12 +91,19 @@ class InferenceResult:
 
 @dataclass(frozen=True, slots=True)
 class PrefixStability:
-    """When the state of a history's tokens may be reused for a longer history; see docs/caching."""
+    """What of a history's K and V may be reused exactly, and what a cache has to key on.
 
-    stable: bool
+    It holds for a history that keeps its oldest behaviour; dropping that shifts all positions.
+    """
+
+    reusable: Literal["growing", "unchanged", "none"]
+    """``growing``: K and V stay true when behaviours are appended. ``unchanged``: only for the
+    same history. ``none``: nothing is."""
+    recompute_last: int
+    """Of a growing history, the last tokens to compute anew once newer ones follow."""
+    depends_on: tuple[str, ...]
+    """Further inputs of the model that the K and V of the history depend on."""
     reason: str
-    recompute_last: int = 0
-    """Cached tokens at the end of the prefix that must be computed again once newer ones follow."""
 
 
 @runtime_checkable
@@ -119,6 +126,11 @@ class Model(Protocol):
     @property
     def heads(self) -> Sequence[str]:
         """Names of the heads that `Task.RANK` scores, in the order of the engine's outputs."""
+        ...
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What people should know of how it was loaded, e.g. where its weights came from."""
         ...
 
     @property

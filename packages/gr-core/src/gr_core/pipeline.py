@@ -2,29 +2,80 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import time
+import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 
-from gr_core.contracts import CacheStatistics, Health
-from gr_core.types import Recommendation, RecommendRequest, Task
+import numpy as np
+
+from gr_core.batcher import Batched
+from gr_core.contracts import CacheStatistics, Encoding, Health
+from gr_core.deployment import Deployment, Environment, ModelSpec
+from gr_core.errors import (
+    ConfigurationError,
+    InvalidRequest,
+    NotFound,
+    Unavailable,
+    Violation,
+)
+from gr_core.observers import RequestEvent
+from gr_core.repository import ModelRepository
+from gr_core.rollout import Rollout
+from gr_core.types import (
+    Candidates,
+    FloatArray,
+    IntArray,
+    RankedItem,
+    Recommendation,
+    RecommendRequest,
+    StageReport,
+    Task,
+)
+from gr_core.validation import Limits, violations_of
+
+logger = logging.getLogger(__name__)
+
+_INLINE_HISTORY = 4096
+"""Longer histories are encoded on a thread, so that the event loop is never held up."""
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineSpec:
+    """A name that requests may give, and the models of the repository that answer it."""
+
+    name: str
+    retrieve: str = ""
+    rank: str = ""
+    retrieve_k: int = 100
+    """How many items are retrieved to be ranked."""
+    rerank: bool = True
+    """Whether retrieved items are ranked; otherwise ``rank`` scores given candidates only."""
+    default: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ServedVersion:
-    """One loaded version of a served model, for people and for ListModels."""
+    """One loaded version of a model, for people and for ListModels."""
 
+    model: str
     version: str
     active: bool
     architecture: str
     tasks: Sequence[Task]
     heads: Sequence[str]
     engines: Mapping[Task, str]
-    """Engine of each task, e.g. ``torch (cpu, float32)``."""
+    """Engine of each task."""
     plan: Mapping[Task, str]
-    """The chain of each task with the reasons, one line each."""
+    """The chain of each task with its reason, one line each."""
     catalogue_size: int
-    signals: Sequence[str]
-    parameters: int
+    description: str
+    notes: Sequence[str]
+    """How it was loaded, e.g. where its weights came from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,40 +85,352 @@ class ServedModel:
     name: str
     default: bool
     stages: Mapping[Task, str]
-    """Which model of the repository answers each task; more than one model for a pipeline."""
+    """Which model of the repository answers each task."""
     versions: Sequence[ServedVersion]
+
+
+@dataclass(slots=True)
+class _Run:
+    """What is known of one request while it is answered."""
+
+    started: float
+    stages: list[StageReport] = field(default_factory=list)
+    features_s: float = 0.0
+    unknown_items: int = 0
 
 
 class Pipeline:
     """Answers requests. All methods are to be called on one event loop, which it never blocks."""
 
+    def __init__(
+        self,
+        repository: ModelRepository,
+        models: Sequence[ModelSpec],
+        pipelines: Sequence[PipelineSpec],
+        environment: Environment,
+        *,
+        limits: Limits | None = None,
+        poll_seconds: float = 1.0,
+    ) -> None:
+        self._environment = environment
+        self._limits = limits or Limits()
+        self._rollout = Rollout(repository, models, environment, poll_seconds)
+        self._models = models
+        self._pipelines = pipelines
+        self._routes: Mapping[str, PipelineSpec] = {}
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="gr-encode")
+        self._closing = False
+
     async def start(self) -> None:
         """Loads, warms up and activates everything; raises what makes serving impossible."""
-        raise NotImplementedError
+        await self._rollout.start()
+        try:
+            tasks = {m.name: self._rollout.deployment(m.name).tasks for m in self._models}
+            self._routes = _routes(tasks, self._pipelines)
+        except BaseException:
+            await self.close()
+            raise
 
     async def recommend(self, request: RecommendRequest) -> Recommendation:
-        """Raises `InvalidRequest`, `NotFound`, `FailedPrecondition`, `Overloaded`,
-        `DeadlineExceeded`, `Unavailable`. Cancelling it drops the request from its queue."""
-        raise NotImplementedError
+        """Answers a request.
+
+        Raises `InvalidRequest`, `NotFound`, `Overloaded`, `DeadlineExceeded`, `Unavailable`.
+        Cancelling it drops the request from its queue.
+        """
+        run = _Run(time.monotonic())
+        request = replace(
+            request,
+            request_id=request.request_id or uuid.uuid4().hex,
+            request_time_ms=(
+                time.time_ns() // 1_000_000
+                if request.request_time_ms is None
+                else request.request_time_ms
+            ),
+        )
+        try:
+            answer = await self._answer(request, run)
+        except BaseException as error:
+            self._report(request, run, type(error).__name__)
+            raise
+        self._report(request, run, "ok")
+        return answer
+
+    async def _answer(self, request: RecommendRequest, run: _Run) -> Recommendation:
+        if self._closing:
+            raise Unavailable("the server is stopping")
+        route = self._route(request.model)
+        violations = violations_of(request, self._limits)
+        ranking = bool(request.candidates) if request.task is None else request.task is Task.RANK
+        if ranking and not route.rank:
+            violations.append(
+                Violation("task", f"{route.name} has no model that ranks; leave out the candidates")
+            )
+        elif ranking and not request.candidates:
+            violations.append(Violation("candidates", "none given, but there is nothing to rank"))
+        elif not ranking and not route.retrieve:
+            violations.append(
+                Violation("candidates", f"none given, and {route.name} has no model that retrieves")
+            )
+        if request.version and len({route.retrieve, route.rank} - {""}) > 1:
+            violations.append(
+                Violation(
+                    "version",
+                    f"{route.name} composes {route.retrieve} and {route.rank}, in their active "
+                    "versions; name one of these models to choose a version",
+                )
+            )
+        if violations:
+            raise InvalidRequest(violations)
+        reranks = not ranking and request.task is None and bool(route.rank) and route.rerank
+        with ExitStack() as leases:
+            ranker = self._lease(leases, route.rank, request) if ranking or reranks else None
+            if ranker is not None:
+                _check_heads(request, ranker)
+            if ranking:
+                assert ranker is not None
+                return await self._rank(ranker, request, run)
+            retriever = self._lease(leases, route.retrieve, request)
+            if ranker is None:
+                return await self._retrieve(retriever, request, run)
+            wanted = max(route.retrieve_k, request.k)
+            indices, _ = await self._retrieve_indices(retriever, request, wanted, run)
+            found = Candidates(retriever.model.catalogue.ids_of(indices))
+            return await self._rank(ranker, replace(request, candidates=found), run)
+
+    async def _retrieve(
+        self, deployment: Deployment, request: RecommendRequest, run: _Run
+    ) -> Recommendation:
+        indices, scores = await self._retrieve_indices(deployment, request, request.k, run)
+        return self._compose(deployment, request, run, indices, scores, None, ())
+
+    async def _retrieve_indices(
+        self, deployment: Deployment, request: RecommendRequest, k: int, run: _Run
+    ) -> tuple[IntArray, FloatArray]:
+        """The best k indices that are not excluded, (≤ k,), and their scores."""
+        catalogue = deployment.model.catalogue
+        encoding = await self._encode(deployment, request, Task.RETRIEVE, run)
+        run.unknown_items = encoding.unknown_items
+        excluded = catalogue.indices_of(request.exclude_item_ids)
+        if not request.include_seen:
+            excluded = np.concatenate([excluded, catalogue.indices_of(request.history.item_ids)])
+        excluded = np.unique(excluded[excluded > 0])
+        fetched = min(len(catalogue), k + len(excluded))
+        encoded = replace(encoding.request, k=fetched)
+        batched = await deployment.infer(Task.RETRIEVE, encoded, request.deadline)
+        run.stages.append(_stage(deployment, Task.RETRIEVE, encoding, batched))
+        result = batched.result
+        assert result.indices is not None
+        scores, _ = deployment.model.decode(Task.RETRIEVE, result, request.head_weights)
+        keep = ~np.isin(result.indices, excluded)
+        return result.indices[keep][:k], scores[keep][:k]
+
+    async def _rank(
+        self, deployment: Deployment, request: RecommendRequest, run: _Run
+    ) -> Recommendation:
+        assert request.candidates is not None
+        encoding = await self._encode(deployment, request, Task.RANK, run)
+        run.unknown_items = max(run.unknown_items, encoding.unknown_items)
+        unscored = request.candidates.item_ids[encoding.unscored].tolist()
+        if not len(encoding.candidate_indices):
+            none = np.empty(0, np.float32)
+            return self._compose(
+                deployment, request, run, encoding.candidate_indices, none, None, unscored
+            )
+        batched = await deployment.infer(Task.RANK, encoding.request, request.deadline)
+        run.stages.append(_stage(deployment, Task.RANK, encoding, batched))
+        scores, heads = deployment.model.decode(Task.RANK, batched.result, request.head_weights)
+        best = np.argsort(-scores, kind="stable")[: request.k]
+        return self._compose(
+            deployment,
+            request,
+            run,
+            encoding.candidate_indices[best],
+            scores[best],
+            heads[best],
+            unscored,
+        )
+
+    async def _encode(
+        self, deployment: Deployment, request: RecommendRequest, task: Task, run: _Run
+    ) -> Encoding:
+        started = time.monotonic()
+        if len(request.history) <= _INLINE_HISTORY:
+            encoding = deployment.model.encode(request, task)
+        else:
+            encoding = await asyncio.get_running_loop().run_in_executor(
+                self._encoder, deployment.model.encode, request, task
+            )
+        run.features_s += time.monotonic() - started
+        return encoding
+
+    def _compose(
+        self,
+        deployment: Deployment,
+        request: RecommendRequest,
+        run: _Run,
+        indices: IntArray,
+        scores: FloatArray,
+        heads: FloatArray | None,
+        unscored: Sequence[int | str],
+    ) -> Recommendation:
+        catalogue, names = deployment.model.catalogue, deployment.model.heads
+        ids = catalogue.ids_of(indices).tolist()
+        rows = heads.tolist() if heads is not None else [()] * len(ids)
+        items = [
+            RankedItem(item, score, dict(zip(names, row, strict=False)), catalogue.title(index))
+            for item, score, row, index in zip(
+                ids, scores.tolist(), rows, indices.tolist(), strict=True
+            )
+        ]
+        return Recommendation(
+            request_id=request.request_id,
+            items=items,
+            stages=tuple(run.stages),
+            features_s=run.features_s,
+            total_s=time.monotonic() - run.started,
+            unknown_items=run.unknown_items,
+            unscored_item_ids=unscored,
+        )
+
+    def _route(self, name: str) -> PipelineSpec:
+        if not name:
+            return next(route for route in self._routes.values() if route.default)
+        route = self._routes.get(name)
+        if route is None:
+            raise NotFound(f"model: {name!r} is not served; there are: {', '.join(self._routes)}")
+        return route
+
+    def _lease(self, leases: ExitStack, model: str, request: RecommendRequest) -> Deployment:
+        deployment = self._rollout.deployment(model, request.version)
+        leases.enter_context(deployment.lease())
+        return deployment
+
+    def _report(self, request: RecommendRequest, run: _Run, outcome: str) -> None:
+        self._environment.observers.notify(
+            RequestEvent(
+                request_id=request.request_id,
+                model=request.model if request.model in self._routes else "",
+                outcome=outcome,
+                total_s=time.monotonic() - run.started,
+                features_s=run.features_s,
+                history_length=len(request.history),
+                candidates=len(request.candidates or ()),
+                stages=run.stages,
+            )
+        )
 
     def models(self) -> Sequence[ServedModel]:
-        raise NotImplementedError
+        """What requests may name, in the order of the configuration."""
+        return [
+            ServedModel(
+                name=route.name,
+                default=route.default,
+                stages={
+                    task: model
+                    for task, model in ((Task.RETRIEVE, route.retrieve), (Task.RANK, route.rank))
+                    if model
+                },
+                versions=[
+                    _describe(deployment, active)
+                    for model in dict.fromkeys(filter(None, (route.retrieve, route.rank)))
+                    for deployment, active in self._rollout.deployments(model)
+                ],
+            )
+            for route in self._routes.values()
+        ]
 
     def health(self) -> Health:
-        """Whether every active model can answer."""
-        raise NotImplementedError
+        """Whether every active version can answer."""
+        if self._closing:
+            return Health(False, "stopping")
+        return self._rollout.health()
 
     def drop_user(self, user_id: str) -> int:
         """Drops what caches hold of a user and returns the number of entries."""
-        raise NotImplementedError
+        return sum(cache.evict(user_id) for cache in self._environment.caches.values())
 
     def cache_statistics(self) -> Mapping[str, CacheStatistics]:
-        raise NotImplementedError
+        return {kind: cache.statistics() for kind, cache in self._environment.caches.items()}
 
     def queue_depths(self) -> Mapping[str, int]:
         """Requests waiting, by ``model/version/engine``."""
-        raise NotImplementedError
+        return self._rollout.queue_depths()
 
     async def close(self) -> None:
-        """Finishes accepted requests, then frees everything."""
-        raise NotImplementedError
+        """Refuses new requests, finishes the accepted ones, then frees everything."""
+        self._closing = True
+        await self._rollout.close()
+        self._encoder.shutdown(wait=True)
+
+
+def _routes(
+    tasks: Mapping[str, Sequence[Task]], pipelines: Sequence[PipelineSpec]
+) -> dict[str, PipelineSpec]:
+    """What requests may name: the pipelines, and every model by itself. One is the default."""
+    routes: dict[str, PipelineSpec] = {}
+    for spec in pipelines:
+        if spec.name in routes:
+            raise ConfigurationError(f"pipelines: {spec.name!r} occurs twice")
+        for task, model in ((Task.RETRIEVE, spec.retrieve), (Task.RANK, spec.rank)):
+            if model and task not in tasks.get(model, ()):
+                able = ", ".join(n for n, t in tasks.items() if task in t) or "none"
+                raise ConfigurationError(
+                    f"pipelines.{spec.name}.{task}: {model!r} is not a served model with the task "
+                    f"{task}; there are: {able}"
+                )
+        routes[spec.name] = spec
+    for model, can in tasks.items():
+        alone = PipelineSpec(
+            name=model,
+            retrieve=model if Task.RETRIEVE in can else "",
+            rank=model if Task.RANK in can else "",
+            rerank=False,
+        )
+        routes.setdefault(model, alone)
+    if not routes:
+        raise ConfigurationError("models: nothing to serve; name at least one model")
+    if not any(route.default for route in routes.values()):
+        first = next(iter(routes))
+        routes[first] = replace(routes[first], default=True)
+    return routes
+
+
+def _check_heads(request: RecommendRequest, deployment: Deployment) -> None:
+    known = deployment.model.heads
+    if violations := [
+        Violation(f"head_weights[{name!r}]", f"no such head; there are: {', '.join(known)}")
+        for name in request.head_weights
+        if name not in known
+    ]:
+        raise InvalidRequest(violations)
+
+
+def _stage(deployment: Deployment, task: Task, encoding: Encoding, batched: Batched) -> StageReport:
+    return StageReport(
+        task=task,
+        model=deployment.name,
+        version=deployment.version,
+        engine=deployment.engine_name(task),
+        queue_s=batched.queue_s,
+        compute_s=batched.compute_s,
+        batch_size=batched.batch_size,
+        tokens=encoding.request.tokens,
+        tokens_reused=batched.result.tokens_reused,
+    )
+
+
+def _describe(deployment: Deployment, active: bool) -> ServedVersion:
+    bundle = deployment.model.bundle
+    return ServedVersion(
+        model=bundle.name,
+        version=bundle.version,
+        active=active,
+        architecture=bundle.architecture,
+        tasks=deployment.tasks,
+        heads=deployment.model.heads,
+        engines={task: deployment.engine_name(task) for task in deployment.tasks},
+        plan={task: plan.summary() for task, plan in deployment.plans.items()},
+        catalogue_size=len(deployment.model.catalogue),
+        description=bundle.description,
+        notes=deployment.model.notes,
+    )

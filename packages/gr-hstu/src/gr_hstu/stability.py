@@ -2,24 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
+from gr_core.contracts import PrefixStability
 from gr_hstu.config import HSTUConfig, MTGRConfig
-
-
-@dataclass(frozen=True)
-class PrefixStability:
-    """What a cache may reuse exactly, and what it has to key on besides the behaviours' content."""
-
-    reusable: Literal["growing", "unchanged", "none"]
-    """`growing`: K and V stay true when behaviours are appended. `unchanged`: only for the same
-    history (of MTGR: the same S). `none`: nothing is."""
-    recompute_last: int
-    """Of a growing history, the last tokens to compute anew once newer ones follow."""
-    depends_on: tuple[str, ...]
-    """Further inputs of the model that the K and V of the history depend on."""
-    reason: str
 
 
 def prefix_stability(config: HSTUConfig | MTGRConfig) -> PrefixStability:

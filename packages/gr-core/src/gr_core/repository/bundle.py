@@ -70,6 +70,8 @@ class Bundle:
     """The architecture's own configuration."""
     features: Mapping[str, Any]
     """The feature schema: signals, user, context and candidate features."""
+    head_weights: Mapping[str, float] = field(default_factory=dict)
+    """Weights of the heads in a ranked item's score; empty means all alike."""
     description: str = ""
     license: str = ""
     source: BundleSource | None = None
@@ -153,6 +155,7 @@ def _from_json(path: Path, file: Path, data: Any) -> Bundle:
         tasks=tasks,
         config=get("config", dict),
         features=get("features", dict, {}),
+        head_weights=get("head_weights", dict, {}),
         description=get("description", str, ""),
         license=get("license", str, ""),
         source=source,
@@ -171,6 +174,7 @@ def write_bundle(
     catalogue: Catalogue,
     weights: Callable[[Path], None],
     features: Mapping[str, Any] | None = None,
+    head_weights: Mapping[str, float] | None = None,
     description: str = "",
     license: str = "",
     card: str = "",
@@ -204,6 +208,7 @@ def write_bundle(
             "license": license,
             "config": dict(config),
             "features": dict(features or {}),
+            "head_weights": dict(head_weights or {}),
             "files": {
                 f.name: {"bytes": f.stat().st_size, "sha256": _digest(f)}
                 for f in sorted(partial.iterdir())

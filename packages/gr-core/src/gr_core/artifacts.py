@@ -1,0 +1,53 @@
+"""Artifacts that exporters make at load time, kept in a folder keyed by what they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gr_core.contracts import Artifact, Exporter, Model
+from gr_core.planner import Plan
+from gr_core.plugins.descriptors import ExporterDescriptor
+from gr_core.repository.bundle import CONFIG, atomic_folder
+
+_COMPLETE = ".complete"
+
+
+def default_folder() -> Path:
+    """``$GR_CACHE_DIR``, else ``$XDG_CACHE_HOME/gr``, else ``~/.cache/gr``."""
+    if own := os.environ.get("GR_CACHE_DIR"):
+        return Path(own) / "artifacts"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gr" / "artifacts"
+
+
+def materialize(
+    plan: Plan, model: Model, folder: Path | None, options: Mapping[str, Any]
+) -> Artifact:
+    """The artifact that the plan's engine loads: the bundle itself, or exported step by step.
+
+    A step that was exported before, from the same bundle by the same exporter with the same
+    options, is not done again.
+    """
+    artifact = Artifact(plan.model.formats[0], model.bundle.path)
+    if plan.exporters:
+        artifact = Artifact(plan.exporters[0].source, model.bundle.path)
+    key = hashlib.sha256((model.bundle.path / CONFIG).read_bytes())
+    for descriptor in plan.exporters:
+        key.update(_step(descriptor, options))
+        out_dir = (folder or default_folder()) / model.bundle.name / key.hexdigest()[:24]
+        if not (out_dir / _COMPLETE).is_file():
+            exporter: Exporter = descriptor.resolve()()
+            with atomic_folder(out_dir) as partial:
+                exporter.export(artifact, model, partial, options)
+                (partial / _COMPLETE).touch()
+        artifact = Artifact(descriptor.target, out_dir)
+    return artifact
+
+
+def _step(descriptor: ExporterDescriptor, options: Mapping[str, Any]) -> bytes:
+    facts = [descriptor.name, descriptor.target, descriptor.api_version, sorted(options.items())]
+    return json.dumps(facts, default=str).encode()

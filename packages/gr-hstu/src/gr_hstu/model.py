@@ -1,0 +1,290 @@
+"""HSTU and MTGR as models of the platform: bundle in, arrays in, scores out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from gr_core.contracts import ArraySpec, EncodedRequest, Encoding, InferenceResult, PrefixStability
+from gr_core.errors import BundleError, GrError
+from gr_core.repository import Bundle, Catalogue
+from gr_core.types import FloatArray, RecommendRequest, Task
+from gr_hstu.config import HSTUConfig, MTGRConfig
+from gr_hstu.features import FeatureSchema
+from gr_hstu.models import MTGR, HSTURanking, HSTURetrieval
+from gr_hstu.stability import prefix_stability
+
+_Config = TypeVar("_Config")
+
+logger = logging.getLogger(__name__)
+
+_HISTORY = ("history_items", "history_timestamps", "history_lengths", "request_time")
+_RANKING = (
+    *_HISTORY,
+    "history_signals",
+    "user_features",
+    "context_features",
+    "candidate_items",
+    "candidate_features",
+    "candidate_counts",
+)
+_RETRIEVAL_HEADS = ("recommendation",)
+
+
+def load_hstu(bundle: Bundle) -> HSTUModel:
+    """The factory of the architecture ``hstu``: retrieval or ranking by the configured variant."""
+    config = _config(bundle, HSTUConfig.from_dict)
+    module = HSTURetrieval(config) if config.variant == "research" else HSTURanking(config)
+    return HSTUModel(bundle, config, module)
+
+
+def load_mtgr(bundle: Bundle) -> HSTUModel:
+    """The factory of the architecture ``mtgr``."""
+    config = _config(bundle, MTGRConfig.from_dict)
+    return HSTUModel(bundle, config, MTGR(config))
+
+
+class RetrievalRanker(nn.Module):
+    """Ranks candidates with a retrieval model: dot products as the only head, (B, C, 1)."""
+
+    def __init__(self, model: HSTURetrieval) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        history_items: Tensor,
+        history_timestamps: Tensor,
+        history_lengths: Tensor,
+        request_time: Tensor,
+        history_signals: Tensor,
+        candidate_items: Tensor,
+    ) -> Tensor:
+        user_BD = self.model(
+            history_items, history_timestamps, history_lengths, request_time, history_signals
+        )
+        return self.model.score(user_BD, candidate_items)[..., None]
+
+
+class HSTUModel:
+    """Implements `gr_core.contracts.TorchModel` for a bundle of either architecture."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        config: HSTUConfig | MTGRConfig,
+        module: HSTURetrieval | HSTURanking | MTGR,
+    ) -> None:
+        self._bundle = bundle
+        self._config = config
+        self._schema = FeatureSchema.from_dict(bundle.features)
+        self._catalogue = bundle.catalogue()
+        _check(bundle, config, self._schema, self._catalogue)
+        self.notes = _load_weights(bundle, module)
+        self._module = module.eval().requires_grad_(False)
+        self._retrieves = isinstance(module, HSTURetrieval)
+        supported = (Task.RETRIEVE, Task.RANK) if self._retrieves else (Task.RANK,)
+        if unsupported := [t for t in bundle.tasks if t not in supported]:
+            raise BundleError(
+                f"{bundle.path}: tasks: {bundle.architecture} of this configuration cannot "
+                f"{unsupported[0]}; expected of {', '.join(supported)}"
+            )
+        self._inputs = {task: self._specs(task) for task in bundle.tasks}
+        self._stability = prefix_stability(config)
+        self._prefix_tokens = 0 if self._retrieves else config.num_prefix_tokens
+        weights = dict(bundle.head_weights) or dict.fromkeys(self.heads, 1.0 / len(self.heads))
+        self._weights = np.array([weights.get(head, 0.0) for head in self.heads], np.float32)
+
+    @property
+    def bundle(self) -> Bundle:
+        return self._bundle
+
+    @property
+    def catalogue(self) -> Catalogue:
+        return self._catalogue
+
+    @property
+    def tasks(self) -> Sequence[Task]:
+        return self._bundle.tasks
+
+    @property
+    def heads(self) -> Sequence[str]:
+        return _RETRIEVAL_HEADS if self._retrieves else self._config.heads
+
+    @property
+    def schema(self) -> FeatureSchema:
+        return self._schema
+
+    @property
+    def prefix_stability(self) -> PrefixStability:
+        return self._stability
+
+    def inputs(self, task: Task) -> Sequence[ArraySpec]:
+        return self._inputs[task]
+
+    def _specs(self, task: Task) -> tuple[ArraySpec, ...]:
+        schema = self._schema
+        every = {
+            "history_items": ("history",),
+            "history_timestamps": ("history",),
+            "history_lengths": (),
+            "request_time": (),
+            "history_signals": ("history", len(schema.signals)),
+            "user_features": (len(schema.user),),
+            "context_features": (len(schema.context),),
+            "candidate_items": ("candidate",),
+            "candidate_features": ("candidate", len(schema.candidate)),
+            "candidate_counts": (),
+            "realtime_counts": (),
+        }
+        names: tuple[str, ...] = (*_HISTORY, "history_signals")
+        if self._retrieves and task is Task.RANK:
+            names = (*names, "candidate_items")
+        elif not self._retrieves:
+            names = _RANKING
+        if isinstance(self._module, MTGR):
+            names = (*names, "realtime_counts")
+        return tuple(ArraySpec(name, "int64", every[name]) for name in names)
+
+    def encode(self, request: RecommendRequest, task: Task) -> Encoding:
+        schema, catalogue = self._schema, self._catalogue
+        assert request.request_time_ms is not None
+        history, indices, unknown_items = schema.history(request.history, catalogue)
+        arrays = schema.history_arrays(history, indices, request.request_time_ms)
+        tokens = self._prefix_tokens + len(history)
+        candidates = np.empty(0, np.int64)
+        unscored = np.empty(0, bool)
+        if task is Task.RANK:
+            assert request.candidates is not None
+            found = catalogue.indices_of(request.candidates.item_ids)
+            known = found > 0
+            candidates, unscored = found[known], ~known
+            arrays |= schema.candidate_arrays(request.candidates, known, candidates)
+            tokens += len(candidates)
+        if not self._retrieves:
+            arrays["user_features"] = schema.user_array(request.user_features)
+            arrays["context_features"] = schema.context_array(request.context_features)
+        return Encoding(
+            request=EncodedRequest(
+                task=task,
+                arrays={spec.name: arrays[spec.name] for spec in self._inputs[task]},
+                tokens=tokens,
+                user_id=request.user_id,
+            ),
+            candidate_indices=candidates,
+            unscored=unscored,
+            unknown_items=unknown_items,
+        )
+
+    def decode(
+        self, task: Task, result: InferenceResult, head_weights: Mapping[str, float]
+    ) -> tuple[FloatArray, FloatArray]:
+        if task is Task.RETRIEVE:
+            return result.scores, np.empty((len(result.scores), 0), np.float32)
+        scores = result.scores
+        if not self._retrieves:
+            scores = (0.5 * (1.0 + np.tanh(0.5 * scores))).astype(np.float32)
+        weights = self._weights
+        if head_weights:
+            weights = np.array([head_weights.get(head, 0.0) for head in self.heads], np.float32)
+        return scores @ weights, scores
+
+    def module(self, task: Task) -> nn.Module:
+        if isinstance(self._module, HSTURetrieval):
+            return self._module if task is Task.RETRIEVE else RetrievalRanker(self._module)
+        return self._module
+
+    def item_table(self) -> Tensor:
+        assert isinstance(self._module, HSTURetrieval)
+        with torch.no_grad():
+            return self._module.item_embeddings().detach().clone()
+
+    def close(self) -> None:
+        """Nothing to free but memory."""
+
+
+def _config(bundle: Bundle, from_dict: Callable[[Mapping[str, Any]], _Config]) -> _Config:
+    try:
+        return from_dict(bundle.config)
+    except ValueError as error:
+        raise BundleError(f"{bundle.path}/config.json: config: {error}") from None
+
+
+def _check(
+    bundle: Bundle, config: HSTUConfig | MTGRConfig, schema: FeatureSchema, catalogue: Catalogue
+) -> None:
+    """The configuration, the feature schema and the catalogue must agree."""
+    if len(catalogue) != config.num_items:
+        raise BundleError(
+            f"{bundle.path}: the catalogue has {len(catalogue)} items, "
+            f"config.num_items is {config.num_items}"
+        )
+    if schema.max_history > config.max_seq_len:
+        raise BundleError(
+            f"{bundle.path}: features.max_history is {schema.max_history}, more than "
+            f"config.max_seq_len, {config.max_seq_len}"
+        )
+    for field, features in (
+        ("signal_cardinalities", schema.signals),
+        ("user_cardinalities", schema.user),
+        ("context_cardinalities", schema.context),
+        ("candidate_cardinalities", schema.candidate),
+    ):
+        expected = tuple(feature.cardinality for feature in features)
+        if getattr(config, field) != expected:
+            raise BundleError(
+                f"{bundle.path}: config.{field} is {getattr(config, field)}, "
+                f"the features need {expected}"
+            )
+
+
+def _load_weights(bundle: Bundle, module: nn.Module) -> Sequence[str]:
+    """Fills the module and returns what people should know: where the weights came from, and why.
+
+    The open checkpoint that the bundle names is tried first, its own weights are the fallback.
+    """
+    if bundle.source is not None:
+        from gr_hstu.importers import import_checkpoint
+
+        checkpoint = bundle.path / Path(bundle.source.checkpoint).expanduser()
+        try:
+            imported = import_checkpoint(
+                checkpoint, importer=bundle.source.importer, **bundle.source.options
+            )
+            _assign(module, imported.state_dict, checkpoint)
+        except (GrError, OSError, ValueError, TypeError) as error:
+            note = f"weights: the bundle's own, because {checkpoint} cannot be used: {error}"
+        else:
+            return (f"weights: the checkpoint {checkpoint}",)
+    else:
+        note = "weights: the bundle's own"
+    try:
+        _assign(module, load_file(bundle.weights_path), bundle.weights_path)
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{bundle.weights_path}: {error}") from error
+    if bundle.source is not None:
+        logger.warning("%s/%s: %s", bundle.name, bundle.version, note)
+    return (note,)
+
+
+def _assign(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    own = module.state_dict()
+    wrong = [f"{name} is missing" for name in sorted(own.keys() - state.keys())]
+    wrong += [f"{name} is not expected" for name in sorted(state.keys() - own.keys())]
+    wrong += [
+        f"{name} has the shape {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in sorted(own.keys() & state.keys())
+        if state[name].shape != own[name].shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise BundleError(f"{path}: {'; '.join(wrong[:8])}{more}")
+    module.load_state_dict({n: t.to(own[n].dtype) for n, t in state.items()})

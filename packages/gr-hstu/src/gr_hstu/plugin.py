@@ -1,0 +1,68 @@
+"""What gr-hstu registers. Imports gr_core alone; torch loads inside the factories."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.util import find_spec
+
+from gr_core import (
+    CommandDescriptor,
+    EngineDescriptor,
+    ModelDescriptor,
+    Task,
+    hookimpl,
+)
+
+
+def _probe_torch() -> tuple[bool, str]:
+    if find_spec("torch") is None:
+        return False, "torch is not installed; pip install torch"
+    return True, "torch is installed"
+
+
+@hookimpl
+def gr_register_models() -> Iterable[ModelDescriptor]:
+    return [
+        ModelDescriptor(
+            name="hstu",
+            factory="gr_hstu.model:load_hstu",
+            tasks=(Task.RETRIEVE, Task.RANK),
+            summary="HSTU (arXiv 2402.17152), research and ranking variants",
+            probe=_probe_torch,
+        ),
+        ModelDescriptor(
+            name="mtgr",
+            factory="gr_hstu.model:load_mtgr",
+            tasks=(Task.RANK,),
+            summary="MTGR (arXiv 2505.18654), ranking with cross features",
+            probe=_probe_torch,
+        ),
+    ]
+
+
+@hookimpl
+def gr_register_engines() -> Iterable[EngineDescriptor]:
+    return [
+        EngineDescriptor(
+            name="torch",
+            factory="gr_hstu.engine:TorchEngine",
+            formats=("torch",),
+            tasks=(Task.RETRIEVE, Task.RANK),
+            devices=("cpu", "cuda"),
+            dtypes=("float32", "bfloat16"),
+            priority=10,
+            summary="PyTorch eager, the reference that every other engine is compared with",
+            probe=_probe_torch,
+        )
+    ]
+
+
+@hookimpl
+def gr_register_commands() -> Iterable[CommandDescriptor]:
+    return [
+        CommandDescriptor(
+            name="hstu",
+            factory="gr_hstu.cli:hstu",
+            summary="Train, evaluate and import HSTU and MTGR models, count their parameters",
+        )
+    ]
