@@ -17,11 +17,11 @@ from gr_core.repository.bundle import CONFIG, atomic_folder
 _COMPLETE = ".complete"
 
 
-def default_folder() -> Path:
-    """``$GR_CACHE_DIR``, else ``$XDG_CACHE_HOME/gr``, else ``~/.cache/gr``."""
+def cache_folder() -> Path:
+    """Where things that can be made again are kept: ``$GR_CACHE_DIR``, else ``~/.cache/gr``."""
     if own := os.environ.get("GR_CACHE_DIR"):
-        return Path(own) / "artifacts"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gr" / "artifacts"
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gr"
 
 
 def materialize(
@@ -32,13 +32,13 @@ def materialize(
     A step that was exported before, from the same bundle by the same exporter with the same
     options, is not done again.
     """
-    artifact = Artifact(plan.model.formats[0], model.bundle.path)
-    if plan.exporters:
-        artifact = Artifact(plan.exporters[0].source, model.bundle.path)
+    artifact = Artifact(plan.format, model.bundle.path)
     key = hashlib.sha256((model.bundle.path / CONFIG).read_bytes())
     for descriptor in plan.exporters:
         key.update(_step(descriptor, options))
-        out_dir = (folder or default_folder()) / model.bundle.name / key.hexdigest()[:24]
+        out_dir = (
+            (folder or cache_folder() / "artifacts") / model.bundle.name / key.hexdigest()[:24]
+        )
         if not (out_dir / _COMPLETE).is_file():
             exporter: Exporter = descriptor.resolve()()
             with atomic_folder(out_dir) as partial:

@@ -60,8 +60,8 @@ class Environment:
     observers: Observers = field(default_factory=Observers)
     artifacts: Path | None = None
     """Where exported artifacts are kept; None means the user's cache folder."""
-    profile: Mapping[str, float] | None = None
-    """Measured seconds by engine, where this machine was measured."""
+    profile: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Seconds by ``architecture/task`` and engine, where this machine was measured."""
 
 
 class _Runner(Protocol):
@@ -268,7 +268,7 @@ def _load_task(
             strategy=spec.strategy,
             device=spec.device,
             dtype=spec.dtype,
-            profile=environment.profile,
+            profile=environment.profile.get(f"{model.bundle.architecture}/{task}"),
             failed=failed,
         )
         key = (

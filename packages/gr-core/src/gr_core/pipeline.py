@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gr_core.batcher import Batched
+from gr_core.artifacts import cache_folder
+from gr_core.batcher import Batched, BatchingOptions
 from gr_core.contracts import CacheStatistics, Encoding, Health
 from gr_core.deployment import Deployment, Environment, ModelSpec
 from gr_core.errors import (
@@ -23,7 +25,9 @@ from gr_core.errors import (
     Unavailable,
     Violation,
 )
-from gr_core.observers import RequestEvent
+from gr_core.observers import Observer, Observers, RequestEvent
+from gr_core.planner import PROFILE, load_profile
+from gr_core.plugins.registry import Registry
 from gr_core.repository import ModelRepository
 from gr_core.rollout import Rollout
 from gr_core.types import (
@@ -37,6 +41,9 @@ from gr_core.types import (
     Task,
 )
 from gr_core.validation import Limits, violations_of
+
+if TYPE_CHECKING:
+    from gr_core.config import Config
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +127,31 @@ class Pipeline:
         self._routes: Mapping[str, PipelineSpec] = {}
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="gr-encode")
         self._closing = False
+
+    @staticmethod
+    def from_config(
+        config: Config, registry: Registry, observers: Sequence[Observer] = ()
+    ) -> Pipeline:
+        """What a configuration describes; all models of the repository where it names none."""
+        repository = ModelRepository(config.repository.path)
+        models = [ModelSpec(**dict(section)) for section in config.models]
+        return Pipeline(
+            repository,
+            models or [ModelSpec(name) for name in repository.names()],
+            [PipelineSpec(**dict(section)) for section in config.pipelines],
+            Environment(
+                registry=registry,
+                batching=BatchingOptions(**dict(config.batching)),
+                caches={
+                    kind: registry.caches[section.cache].resolve()(section.capacity_bytes)
+                    for kind, section in config.cache.items()
+                },
+                observers=Observers(observers),
+                profile=load_profile(cache_folder() / PROFILE),
+            ),
+            limits=Limits(**dict(config.limits)),
+            poll_seconds=config.repository.poll_seconds,
+        )
 
     async def start(self) -> None:
         """Loads, warms up and activates everything; raises what makes serving impossible."""

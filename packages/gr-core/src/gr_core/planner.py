@@ -24,6 +24,8 @@ from gr_core.types import Task
 AUTO = "auto"
 STRATEGIES: Mapping[str, str] = {"baseline": "torch"}
 """Words for engines; every other strategy but ``auto`` is the name of an engine."""
+PROFILE = "profile.json"
+"""In the cache folder: what was measured on this machine, see `load_profile`."""
 MAX_EXPORTS = 4
 """Exporters in one chain, at most."""
 

@@ -19,6 +19,7 @@ from gr_core.repository import Bundle, Catalogue
 from gr_core.types import FloatArray, RecommendRequest, Task
 from gr_hstu.config import HSTUConfig, MTGRConfig
 from gr_hstu.features import FeatureSchema
+from gr_hstu.importers import import_checkpoint
 from gr_hstu.models import MTGR, HSTURanking, HSTURetrieval
 from gr_hstu.stability import prefix_stability
 
@@ -252,15 +253,13 @@ def _load_weights(bundle: Bundle, module: nn.Module) -> Sequence[str]:
     The open checkpoint that the bundle names is tried first, its own weights are the fallback.
     """
     if bundle.source is not None:
-        from gr_hstu.importers import import_checkpoint
-
         checkpoint = bundle.path / Path(bundle.source.checkpoint).expanduser()
         try:
             imported = import_checkpoint(
                 checkpoint, importer=bundle.source.importer, **bundle.source.options
             )
             _assign(module, imported.state_dict, checkpoint)
-        except (GrError, OSError, ValueError, TypeError) as error:
+        except (GrError, OSError, ValueError) as error:
             note = f"weights: the bundle's own, because {checkpoint} cannot be used: {error}"
         else:
             return (f"weights: the checkpoint {checkpoint}",)
