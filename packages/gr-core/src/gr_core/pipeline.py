@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 import uuid
@@ -242,10 +243,9 @@ class Pipeline:
         catalogue = deployment.model.catalogue
         encoding = await self._encode(deployment, request, Task.RETRIEVE, run)
         run.unknown_items = encoding.unknown_items
-        excluded = catalogue.indices_of(request.exclude_item_ids)
+        excluded = set(catalogue.indices_of(request.exclude_item_ids).tolist())
         if not request.include_seen:
-            excluded = np.concatenate([excluded, catalogue.indices_of(request.history.item_ids)])
-        excluded = np.unique(excluded[excluded > 0])
+            excluded.update(catalogue.indices_of(request.history.item_ids).tolist())
         fetched = min(len(catalogue), k + len(excluded))
         encoded = replace(encoding.request, k=fetched)
         batched = await deployment.infer(Task.RETRIEVE, encoded, request.deadline)
@@ -253,8 +253,10 @@ class Pipeline:
         result = batched.result
         assert result.indices is not None
         scores, _ = deployment.model.decode(Task.RETRIEVE, result, request.head_weights)
-        keep = ~np.isin(result.indices, excluded)
-        return result.indices[keep][:k], scores[keep][:k]
+        # Few are passed over before k are found, so this is quicker than a mask of all fetched.
+        allowed = (row for row, i in enumerate(result.indices.tolist()) if i not in excluded)
+        keep = list(itertools.islice(allowed, k))
+        return result.indices[keep], scores[keep]
 
     async def _rank(
         self, deployment: Deployment, request: RecommendRequest, run: _Run
