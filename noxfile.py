@@ -35,6 +35,11 @@ PACKAGES = sorted(
     key=lambda name: (name != "gr-core", name),
 )
 """gr-core first: the others need it, and local paths cannot be said in their metadata."""
+FOLDERS = {name: f"packages/{name}" for name in PACKAGES} | {
+    path.parent.name: f"examples/{path.parent.name}"
+    for path in ROOT.glob("examples/*/pyproject.toml")
+}
+"""Everything that is built, the example plugins among it."""
 SOURCES = ("packages", "examples", "tests", "scripts", "benchmarks", "noxfile.py")
 NO_GPU = ("-m", "not gpu")
 QUICK = ("-m", "not gpu and not slow")
@@ -90,7 +95,7 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session(requires=["build"], reuse_venv=False)
-@nox.parametrize("package", PACKAGES, ids=PACKAGES)
+@nox.parametrize("package", list(FOLDERS), ids=list(FOLDERS))
 def isolated(session: nox.Session, package: str) -> None:
     """One package's built wheel beside gr-core's alone, in a clean environment."""
     wheels = list(dict.fromkeys([wheel("gr-core"), wheel(package)]))
@@ -99,7 +104,7 @@ def isolated(session: nox.Session, package: str) -> None:
     session.run("python", "-m", "pip", "check", silent=True)
     session.run("python", "-c", IMPORT_ALL, package.replace("-", "_"))
     session.install("-c", str(CONSTRAINTS), *wheels, *test_requirements([package]))
-    session.run("python", "-m", "pytest", f"packages/{package}/tests", *QUICK, *session.posargs)
+    session.run("python", "-m", "pytest", f"{FOLDERS[package]}/tests", *QUICK, *session.posargs)
 
 
 @nox.session(python="3.11")
@@ -137,11 +142,9 @@ def build(session: nox.Session) -> None:
     """Builds each package's sdist, and its wheel from that sdist, into dist/."""
     session.install("-c", str(CONSTRAINTS), "build", "hatchling")
     shutil.rmtree(DIST, ignore_errors=True)
-    for package in PACKAGES:
-        session.run(
-            "python", "-m", "build", "--no-isolation", "--outdir", str(DIST),
-            f"packages/{package}", silent=True,
-        )  # fmt: skip
+    for folder in FOLDERS.values():
+        command = ("python", "-m", "build", "--no-isolation", "--outdir", str(DIST), folder)
+        session.run(*command, silent=True)
 
 
 @nox.session(default=False)
@@ -182,7 +185,7 @@ def test_requirements(packages: list[str]) -> list[str]:
     """What the tests of packages need, as their pyproject.toml files say."""
     found: dict[str, None] = {}
     for package in packages:
-        project = nox.project.load_toml(f"packages/{package}/pyproject.toml")
+        project = nox.project.load_toml(f"{FOLDERS[package]}/pyproject.toml")
         found.update(dict.fromkeys(nox.project.dependency_groups(project, "test")))
     return list(found)
 

@@ -1,0 +1,1 @@
+"""A popularity recommender as a plugin of gr-core."""
