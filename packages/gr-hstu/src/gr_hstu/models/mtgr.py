@@ -224,11 +224,15 @@ class MTGR(nn.Module):
             crosses = crosses + [c[:, None].expand(shape) for c in self.contexts(context_BG)]
         x_BCD = self.candidate_mlp(torch.cat([*self._item_content(items_BC), *crosses], dim=-1))
         elapsed_B1 = (request_time_B - last_timestamp_B)[:, None]
-        return self.position_time(x_BCD, torch.zeros_like(items_BC), elapsed_B1.expand_as(items_BC))
+        encoded_BCD: Tensor = self.position_time(
+            x_BCD, torch.zeros_like(items_BC), elapsed_B1.expand_as(items_BC)
+        )
+        return encoded_BCD
 
     def _item_content(self, items: Tensor) -> list[Tensor]:
         side = self.item_side(self.item_features[items]) if len(self.item_side) else []
         return [self.items(items), *side]
 
     def _logits(self, encoded_BCD: Tensor, targets: MTGRTokens) -> Tensor:
-        return self.heads(encoded_BCD).masked_fill(~targets.valid_BT[..., None], 0.0)
+        logits_BCO: Tensor = self.heads(encoded_BCD)
+        return logits_BCO.masked_fill(~targets.valid_BT[..., None], 0.0)

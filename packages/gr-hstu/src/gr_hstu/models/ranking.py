@@ -6,6 +6,7 @@ history, D model width, N layers, O heads of the answer, G feature columns.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -217,7 +218,7 @@ class HSTURanking(nn.Module):
         else:
             elapsed_BL = request_time_B[:, None] - timestamps_BL
         x_BSD = self.position_time(
-            x_BSD * config.d_model**0.5,
+            x_BSD * math.sqrt(config.d_model),
             torch.cat([prefix_BP, position_BL], dim=1),
             torch.cat([torch.full_like(prefix_BP, NEVER), elapsed_BL], dim=1),
         )
@@ -245,7 +246,7 @@ class HSTURanking(nn.Module):
         if config.time_from == "previous":
             elapsed_B = request_time_B - last_timestamp_B
         token_BCD = self.position_time(
-            token_BCD * config.d_model**0.5,
+            token_BCD * math.sqrt(config.d_model),
             torch.full_like(items_BC, config.num_prefix_tokens),
             elapsed_B[:, None].expand_as(items_BC),
         )
@@ -276,4 +277,5 @@ class HSTURanking(nn.Module):
 
     def _logits(self, encoded_BCD: Tensor, item_BCD: Tensor, targets: HSTUTokens) -> Tensor:
         product_BCD = self.output_norm(encoded_BCD) * self.item_mlp(item_BCD)
-        return self.heads(product_BCD).masked_fill(~targets.valid_BT[..., None], 0.0)
+        logits_BCO: Tensor = self.heads(product_BCD)
+        return logits_BCO.masked_fill(~targets.valid_BT[..., None], 0.0)

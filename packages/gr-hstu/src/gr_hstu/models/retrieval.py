@@ -6,6 +6,8 @@ G signal columns.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -101,7 +103,8 @@ class HSTURetrieval(nn.Module):
         signals = self.signals(history_signals) if history_signals is not None else []
         x_BLD = sum_embeddings(signals, self.items(history_items))
         positions_L = torch.arange(history_items.shape[1], device=history_items.device)
-        return x_BLD * self.config.d_model**0.5 + self.positions(positions_L)
+        position_LD: Tensor = self.positions(positions_L)
+        return x_BLD * math.sqrt(self.config.d_model) + position_LD
 
     def _relative_index(
         self, rank_BL: Tensor, timestamps_BL: Tensor, lengths_B: Tensor, request_time_B: Tensor

@@ -62,8 +62,8 @@ def history_tokens(
 
 
 def history_base(prefix: int, *, contextual: bool) -> int:
-    """Rank of the oldest behaviour."""
-    return int(prefix > 0) if contextual else prefix
+    """Rank of the oldest behaviour; rank 0 is the contextual tokens' where there may be any."""
+    return 1 if contextual else prefix
 
 
 def candidate_tokens(
