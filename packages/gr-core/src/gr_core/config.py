@@ -162,7 +162,7 @@ class BatchingSection(Section):
         description="Waiting requests; more: refused.",
     )
     length_ratio: float = Field(
-        _BATCHING.length_ratio,
+        default=_BATCHING.length_ratio,
         ge=1,
         description="Longest over shortest of a batch, at most.",
     )
