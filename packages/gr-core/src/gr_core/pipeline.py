@@ -373,6 +373,11 @@ class Pipeline:
             for route in self._routes.values()
         ]
 
+    @property
+    def limits(self) -> Limits:
+        """Bounds of one request, for servers that refuse what is larger before they read it."""
+        return self._limits
+
     def health(self) -> Health:
         """Whether every active version can answer."""
         if self._closing:
