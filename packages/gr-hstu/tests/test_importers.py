@@ -187,7 +187,7 @@ def test_gin(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="only 'HSTU' can be imported"):
         import_checkpoint(path, importer="meta-research", gin=gin)
     gin.write_text("hstu_encoder.num_heads\n")
-    with pytest.raises(ValueError, match="line 1: 'hstu_encoder.num_heads' is not"):
+    with pytest.raises(ValueError, match=r"line 1: 'hstu_encoder\.num_heads' is not"):
         read_gin(gin)
 
 
@@ -253,7 +253,7 @@ def test_nothing_in_a_file_is_run(
         import_checkpoint(path, importer=importer, **options)
     assert capsys.readouterr().out == ""
     path.write_bytes(b"no checkpoint at all")
-    with pytest.raises(ValueError, match="no checkpoint|not a checkpoint|not a file of tensors"):
+    with pytest.raises(ValueError, match=r"not a checkpoint that torch|not a file of tensors"):
         import_checkpoint(path, importer=importer, **options)
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match="holds a list"):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gr_hstu.config import HSTUConfig, MTGRConfig
-from gr_hstu.models import MTGR, HSTURanking, HSTURetrieval, score_in_chunks
+from gr_hstu.models import MTGR, HSTURanking, HSTURetrieval, build_model, score_in_chunks
 
 ITEMS = 30
 FEATURES: dict[str, Any] = {
@@ -86,11 +86,7 @@ CANDIDATE_INPUTS = ("candidate_items", "candidate_features", "candidate_counts")
 
 def build(config: HSTUConfig | MTGRConfig) -> HSTURetrieval | HSTURanking | MTGR:
     torch.manual_seed(0)
-    model: HSTURetrieval | HSTURanking | MTGR
-    if isinstance(config, MTGRConfig):
-        model = MTGR(config)
-    else:
-        model = HSTURanking(config) if config.variant == "ranking" else HSTURetrieval(config)
+    model = build_model(config)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.4)
     if not isinstance(model, HSTURetrieval):
