@@ -16,7 +16,7 @@ from gr_core.errors import BundleError, UserError
 from gr_core.pipeline import Pipeline
 from gr_core.plugins.registry import Registry
 from gr_core.repository import Bundle, ModelRepository
-from gr_popularity.command import popularity
+from gr_popularity.command import cli
 from gr_popularity.model import PopularityModel
 
 INTERACTIONS = "user_id,item_id,title\n" + "".join(
@@ -30,7 +30,7 @@ def repository(tmp_path: Path) -> Path:
     (tmp_path / "interactions.csv").write_text(INTERACTIONS)
     out = tmp_path / "models" / "popular" / "1"
     command = ["fit", str(tmp_path / "interactions.csv"), "--out", str(out)]
-    result = CliRunner().invoke(popularity, command, catch_exceptions=False)
+    result = CliRunner().invoke(cli, command, catch_exceptions=False)
     assert result.output == f"{out}: Share of 10 interactions with 4 items\n"
     return tmp_path / "models"
 
@@ -95,7 +95,7 @@ def test_fit_says_what_is_wrong_with_the_file(tmp_path: Path, text: str, message
     file.write_text(text)
     command = ["fit", str(file), "--out", str(tmp_path / "popular" / "1")]
     with pytest.raises(UserError, match=message):
-        CliRunner().invoke(popularity, command, catch_exceptions=False)
+        CliRunner().invoke(cli, command, catch_exceptions=False)
 
 
 def test_the_plugin_module_imports_neither_torch_nor_its_own_factories():

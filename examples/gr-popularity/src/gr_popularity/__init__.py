@@ -1,1 +1,1 @@
-"""A popularity recommender as a plugin of gr-core."""
+"""A recommender as a plugin of gr-core: model, engine and command."""

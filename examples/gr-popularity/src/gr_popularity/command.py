@@ -15,12 +15,12 @@ from gr_core.repository import Catalogue, write_bundle
 from gr_core.types import Task
 
 
-@click.group()
-def popularity() -> None:
-    """Popularity models, the floor that personal ones have to beat."""
+@click.group("popularity")
+def cli() -> None:
+    """Models that count; the floor that personal ones have to beat."""
 
 
-@popularity.command()
+@cli.command()
 @click.argument("interactions", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="NAME/VERSION folder.")
 @click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")

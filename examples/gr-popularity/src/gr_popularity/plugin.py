@@ -33,7 +33,7 @@ def gr_register_engines() -> Iterable[EngineDescriptor]:
             devices=("cpu",),
             dtypes=("float32",),
             architectures=("popularity",),
-            summary="Looks popularity up in an array",
+            summary="Looks scores up in an array",
         )
     ]
 
@@ -43,7 +43,7 @@ def gr_register_commands() -> Iterable[CommandDescriptor]:
     return [
         CommandDescriptor(
             name="popularity",
-            factory="gr_popularity.command:popularity",
-            summary="Fit a popularity model",
+            factory="gr_popularity.command:cli",
+            summary="Make a model from a file of interactions",
         )
     ]
