@@ -176,24 +176,26 @@ class ModelStage(_message.Message):
     def __init__(self, task: _Optional[_Union[_types_pb2.Task, str]] = ..., model: _Optional[str] = ...) -> None: ...
 
 class ModelVersion(_message.Message):
-    __slots__ = ("version", "active", "architecture", "plans", "heads", "catalogue_size", "signals", "parameters")
+    __slots__ = ("model", "version", "active", "architecture", "plans", "heads", "catalogue_size", "description", "notes")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     ACTIVE_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     PLANS_FIELD_NUMBER: _ClassVar[int]
     HEADS_FIELD_NUMBER: _ClassVar[int]
     CATALOGUE_SIZE_FIELD_NUMBER: _ClassVar[int]
-    SIGNALS_FIELD_NUMBER: _ClassVar[int]
-    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    NOTES_FIELD_NUMBER: _ClassVar[int]
+    model: str
     version: str
     active: bool
     architecture: str
     plans: _containers.RepeatedCompositeFieldContainer[TaskPlan]
     heads: _containers.RepeatedScalarFieldContainer[str]
     catalogue_size: int
-    signals: _containers.RepeatedScalarFieldContainer[str]
-    parameters: int
-    def __init__(self, version: _Optional[str] = ..., active: bool = ..., architecture: _Optional[str] = ..., plans: _Optional[_Iterable[_Union[TaskPlan, _Mapping]]] = ..., heads: _Optional[_Iterable[str]] = ..., catalogue_size: _Optional[int] = ..., signals: _Optional[_Iterable[str]] = ..., parameters: _Optional[int] = ...) -> None: ...
+    description: str
+    notes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., active: bool = ..., architecture: _Optional[str] = ..., plans: _Optional[_Iterable[_Union[TaskPlan, _Mapping]]] = ..., heads: _Optional[_Iterable[str]] = ..., catalogue_size: _Optional[int] = ..., description: _Optional[str] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class TaskPlan(_message.Message):
     __slots__ = ("task", "engine", "explanation")

@@ -1,0 +1,257 @@
+"""Prometheus metrics, on a port of their own.
+
+The names ``grpc_server_*`` are those of the other gRPC implementations, so that existing dashboards
+work; what only this platform has is called ``gr_*``. Labels never come from requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from gr_core.contracts import CacheStatistics
+from gr_core.errors import ConfigurationError
+from gr_core.observers import BatchEvent, DropEvent, LoadEvent, Observer, RequestEvent
+from gr_serve_grpc.settings import PrometheusSettings, parse_settings
+
+if TYPE_CHECKING:
+    from gr_core.pipeline import Pipeline
+
+logger = logging.getLogger(__name__)
+
+SECONDS = (
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0,
+)  # fmt: skip
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class CallMetrics:
+    """The metrics of one gRPC method."""
+
+    def __init__(self, observer: PrometheusObserver, service: str, method: str, kind: str) -> None:
+        labels = {"grpc_type": kind, "grpc_service": service, "grpc_method": method}
+        self._started = observer.started.labels(**labels)
+        self._seconds = observer.handling_seconds.labels(**labels)
+        self._handled = {
+            code: observer.handled.labels(**labels, grpc_code=_code_name(code))
+            for code in grpc.StatusCode
+        }
+
+    def started(self) -> None:
+        self._started.inc()
+
+    def handled(self, code: grpc.StatusCode, seconds: float) -> None:
+        self._handled[code].inc()
+        self._seconds.observe(seconds)
+
+
+def _code_name(code: grpc.StatusCode) -> str:
+    """``InvalidArgument`` for INVALID_ARGUMENT, as the metrics of the other implementations say."""
+    return "OK" if code is grpc.StatusCode.OK else code.name.title().replace("_", "")
+
+
+class PrometheusObserver(Observer):
+    """Keeps metrics in a registry of its own. `listen` opens the page, `close` closes it."""
+
+    def __init__(self, settings: PrometheusSettings) -> None:
+        self.settings = settings
+        self.registry = CollectorRegistry()
+        self._page: Any = None
+        self._children: dict[tuple[Any, ...], Any] = {}
+
+        call = ("grpc_type", "grpc_service", "grpc_method")
+        self.started = self._counter("grpc_server_started", "RPCs started on the server.", call)
+        self.handled = self._counter(
+            "grpc_server_handled", "RPCs completed on the server.", (*call, "grpc_code")
+        )
+        self.handling_seconds = self._histogram(
+            "grpc_server_handling_seconds", "Seconds from an RPC's start to its end.", call, SECONDS
+        )
+
+        stage = ("model", "version", "task", "engine")
+        self._requests = self._counter(
+            "gr_requests", "Requests by what became of them.", ("model", "outcome")
+        )
+        self._request_seconds = self._histogram(
+            "gr_request_seconds", "Seconds in the pipeline.", ("model",), SECONDS
+        )
+        self._features_seconds = self._histogram(
+            "gr_features_seconds", "Seconds of validation and features.", ("model",), SECONDS
+        )
+        self._queue_seconds = self._histogram(
+            "gr_stage_queue_seconds", "Seconds waited for a place in a batch.", stage, SECONDS
+        )
+        self._compute_seconds = self._histogram(
+            "gr_stage_compute_seconds", "Seconds of requests in the engine.", stage, SECONDS
+        )
+        self._tokens = self._counter("gr_tokens", "Tokens of requests.", stage)
+        self._reused = self._counter(
+            "gr_tokens_reused", "Tokens of requests whose state came from a cache.", stage
+        )
+        self._batch_size = self._histogram("gr_batch_size", "Requests in a batch.", stage, SIZES)
+        self._batch_seconds = self._histogram(
+            "gr_batch_seconds", "Seconds to compute a batch.", stage, SECONDS
+        )
+        self._padded = self._counter(
+            "gr_padded_tokens", "Tokens that a padding engine computes, with padding.", stage
+        )
+        self._dropped = self._counter(
+            "gr_dropped",
+            "Requests dropped before they were computed.",
+            ("model", "engine", "reason"),
+        )
+        self._loads = self._counter(
+            "gr_model_loads", "Versions by what became of them.", ("model", "version", "state")
+        )
+
+    def _counter(self, name: str, text: str, labels: Iterable[str]) -> Counter:
+        return Counter(name, text, labels, registry=self.registry)
+
+    def _histogram(
+        self, name: str, text: str, labels: Iterable[str], buckets: Iterable[float]
+    ) -> Histogram:
+        return Histogram(name, text, labels, registry=self.registry, buckets=tuple(buckets))
+
+    def _of(self, metric: Any, *labels: str) -> Any:
+        """The child of a metric, from a cache, for `labels` costs more than counting."""
+        key = (metric, *labels)
+        child = self._children.get(key)
+        if child is None:
+            child = self._children[key] = metric.labels(*labels)
+        return child
+
+    def listen(self) -> str:
+        """Opens the metrics page and returns its address. Raises `ConfigurationError`."""
+        settings = self.settings
+        try:
+            self._page, _ = start_http_server(settings.port, settings.host, self.registry)
+        except OSError as error:
+            raise ConfigurationError(
+                f"observers.prometheus: cannot listen on {settings.host}:{settings.port}: "
+                f"{error.strerror}; choose another host or port"
+            ) from None
+        logger.info("metrics on http://%s/metrics", self.address)
+        return self.address
+
+    @property
+    def address(self) -> str:
+        """``host:port`` of the page, once it is open."""
+        return f"{self.settings.host}:{self._page.server_port}"
+
+    def close(self) -> None:
+        if self._page is not None:
+            self._page.shutdown()
+            self._page.server_close()
+            self._page = None
+
+    @contextmanager
+    def watching(self, pipeline: Pipeline) -> Iterator[None]:
+        """Adds the pipeline's queues and caches, read when the page is. For its event loop."""
+        collector = PipelineCollector(pipeline, asyncio.get_running_loop())
+        self.registry.register(collector)
+        try:
+            yield
+        finally:
+            self.registry.unregister(collector)
+
+    def on_request(self, event: RequestEvent) -> None:
+        self._of(self._requests, event.model, event.outcome).inc()
+        if event.outcome != "ok":
+            return
+        self._of(self._request_seconds, event.model).observe(event.total_s)
+        self._of(self._features_seconds, event.model).observe(event.features_s)
+        for stage in event.stages:
+            labels = (stage.model, stage.version, stage.task, stage.engine)
+            self._of(self._queue_seconds, *labels).observe(stage.queue_s)
+            self._of(self._compute_seconds, *labels).observe(stage.compute_s)
+            self._of(self._tokens, *labels).inc(stage.tokens)
+            self._of(self._reused, *labels).inc(stage.tokens_reused)
+
+    def on_batch(self, event: BatchEvent) -> None:
+        labels = (event.model, event.version, event.task, event.engine)
+        self._of(self._batch_size, *labels).observe(event.size)
+        self._of(self._batch_seconds, *labels).observe(event.compute_s)
+        self._of(self._padded, *labels).inc(event.padded_tokens)
+
+    def on_drop(self, event: DropEvent) -> None:
+        self._of(self._dropped, event.model, event.engine, event.reason).inc()
+
+    def on_load(self, event: LoadEvent) -> None:
+        self._of(self._loads, event.model, event.version, event.state).inc()
+
+
+class PipelineCollector(Collector):
+    """Queue depths and cache statistics, asked of the pipeline on its event loop."""
+
+    TIMEOUT_S = 2.0
+
+    def __init__(self, pipeline: Pipeline, loop: asyncio.AbstractEventLoop) -> None:
+        self._pipeline = pipeline
+        self._loop = loop
+
+    def describe(self) -> Iterable[Metric]:
+        return self._families({}, {})
+
+    def collect(self) -> Iterable[Metric]:
+        answer: concurrent.futures.Future[
+            tuple[Mapping[str, int], Mapping[str, CacheStatistics]]
+        ] = concurrent.futures.Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(
+                    (self._pipeline.queue_depths(), self._pipeline.cache_statistics())
+                )
+            except Exception as error:
+                answer.set_exception(error)
+
+        try:
+            self._loop.call_soon_threadsafe(ask)
+            return self._families(*answer.result(self.TIMEOUT_S))
+        except Exception:
+            logger.exception("queues and caches are left out of the metrics")
+            return self._families({}, {})
+
+    def _families(
+        self, depths: Mapping[str, int], caches: Mapping[str, CacheStatistics]
+    ) -> Iterator[Metric]:
+        queue = GaugeMetricFamily("gr_queue_depth", "Requests waiting.", labels=["queue"])
+        for name, depth in depths.items():
+            queue.add_metric([name], depth)
+        yield queue
+        for field, text in (
+            ("hits", "Lookups that found something."),
+            ("misses", "Lookups that found nothing."),
+            ("evictions", "Entries that made room for others."),
+        ):
+            counter = CounterMetricFamily(f"gr_cache_{field}", text, labels=["cache"])
+            for name, statistics in caches.items():
+                counter.add_metric([name], getattr(statistics, field))
+            yield counter
+        for field, text in (
+            ("entries", "Entries held."),
+            ("bytes", "Bytes held."),
+            ("capacity_bytes", "Bytes that may be held."),
+        ):
+            gauge = GaugeMetricFamily(f"gr_cache_{field}", text, labels=["cache"])
+            for name, statistics in caches.items():
+                gauge.add_metric([name], getattr(statistics, field))
+            yield gauge
+
+
+def prometheus_observer(settings: Mapping[str, Any]) -> PrometheusObserver:
+    """The observer ``prometheus``, with its page open."""
+    observer = PrometheusObserver(
+        parse_settings(PrometheusSettings, settings, "observers.prometheus")
+    )
+    observer.listen()
+    return observer
