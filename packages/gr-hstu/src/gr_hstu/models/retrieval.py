@@ -111,7 +111,7 @@ class HSTURetrieval(nn.Module):
     ) -> RelativeIndex | None:
         if not self.config.relative_bias:
             return None
-        next_time_BL = torch.cat([timestamps_BL[:, 1:], request_time_B[:, None]], dim=1)
+        next_time_BL = F.pad(timestamps_BL, (0, 1))[:, 1:]
         is_last_BL = rank_BL == (lengths_B - 1)[:, None]
         return relative_index(
             rank_BL,

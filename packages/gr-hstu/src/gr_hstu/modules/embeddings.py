@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 _INIT_STD = 0.02
@@ -50,9 +51,8 @@ def elapsed_buckets(seconds: Tensor, last_bucket: int) -> Tensor:
 
 
 def since_previous(timestamps_BL: Tensor) -> Tensor:
-    """Seconds since the previous behaviour, int64 (B, L); `NEVER` for the first."""
-    first_B1 = torch.full_like(timestamps_BL[:, :1], NEVER)
-    return torch.cat([first_B1, timestamps_BL[:, 1:] - timestamps_BL[:, :-1]], dim=1)
+    """Seconds since the previous behaviour, int64 (B, L); more than `NEVER` for the first."""
+    return timestamps_BL - F.pad(timestamps_BL, (1, 0), value=-NEVER)[:, :-1]
 
 
 def last_timestamp(timestamps_BL: Tensor, lengths_B: Tensor) -> Tensor:
