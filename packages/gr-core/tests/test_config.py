@@ -69,6 +69,7 @@ def test_environment_reaches_lists_free_tables_and_plugins() -> None:
             "GR_PLUGINS": "hstu,grpc",
             "GR_DISABLED_PLUGINS": "vllm",
             "GR_PROFILE": "production",
+            "GR_CACHE_DIR": "/var/cache/gr",  # read by others, and no mistake
         }
     )
     assert config.models[0].device == "cuda:1"

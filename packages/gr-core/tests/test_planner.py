@@ -173,9 +173,9 @@ def test_a_profile_is_kept_and_merged(tmp_path: Path) -> None:
 
 # ── Properties ────────────────────────────────────────────────────────────────────────────────
 
-_formats = st.sampled_from(["torch", "onnx", "plan", "vllm"])
+_formats = st.sampled_from(["torch", "torch", "onnx", "plan"])
 _usable = st.sampled_from([None, None, lambda: (True, ""), lambda: (False, "unusable")])
-_tasks = st.sampled_from([(Task.RANK,), (Task.RETRIEVE,), (Task.RETRIEVE, Task.RANK)])
+_tasks = st.sampled_from([(Task.RANK,), (Task.RANK,), (Task.RETRIEVE,), (Task.RETRIEVE, Task.RANK)])
 _architectures = st.sampled_from([(), (), ("hstu",), ("mtgr",)])
 
 
@@ -195,6 +195,7 @@ _engines = st.lists(
         architectures=_architectures,
         probe=_usable,
     ),
+    min_size=2,
     max_size=5,
     unique_by=lambda e: e.name,
 )
@@ -214,9 +215,9 @@ _exporters = st.lists(
 _machines = st.sampled_from([CPU, GPU])
 _asked = st.fixed_dictionaries(
     {
-        "strategy": st.sampled_from(["auto", "baseline", "e1", "e2"]),
-        "device": st.sampled_from(["auto", "cpu", "cuda"]),
-        "dtype": st.sampled_from(["auto", "float32", "bfloat16"]),
+        "strategy": st.sampled_from(["auto", "auto", "auto", "baseline", "e1"]),
+        "device": st.sampled_from(["auto", "auto", "auto", "cpu", "cuda"]),
+        "dtype": st.sampled_from(["auto", "auto", "auto", "float32", "bfloat16"]),
     }
 )
 _profiles = st.dictionaries(st.sampled_from(["torch", "e1", "e2"]), st.floats(0.001, 1))

@@ -137,6 +137,10 @@ class PipelineSection(Section):
     retrieve_k: int = Field(
         default=100, ge=1, le=100_000, description="How many are retrieved to rank."
     )
+    rerank: bool = Field(
+        default=True,
+        description="Whether retrieved items are ranked; false: given candidates only.",
+    )
     default: bool = Field(
         default=False, description="Whether it answers requests that name no model."
     )
@@ -339,7 +343,7 @@ class _Merged:
         """Notices one underscore where two are meant."""
         for section in Config.model_fields:
             field = rest.removeprefix(f"{section}_")
-            if field != rest and _annotation((section, field)) not in (None, Any):
+            if field != rest and field in _keys(_annotation((section,))):
                 right = f"{PREFIX}{section}__{field}".upper()
                 self.problems.append(Violation(variable, f"is not read; write {right}"))
 

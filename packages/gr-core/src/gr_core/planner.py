@@ -42,6 +42,7 @@ class Chain:
     dtype: str
     problems: tuple[str, ...] = ()
     """Why it is not feasible."""
+    chosen: bool = False
     verdict: str = ""
     """Why it won or lost, for people."""
 
@@ -96,6 +97,7 @@ class Plan:
                     "device": c.device,
                     "dtype": c.dtype,
                     "feasible": c.feasible,
+                    "chosen": c.chosen,
                     "verdict": c.verdict,
                 }
                 for c in self.considered
@@ -144,7 +146,9 @@ def plan(
     best = feasible[0]
     reason = _reason(best, feasible, chains, asked, profile)
     considered = tuple(
-        replace(chain, verdict=reason if chain is best else _why_lost(chain, best, profile))
+        replace(chain, chosen=True, verdict=reason)
+        if chain is best
+        else replace(chain, verdict=_why_lost(chain, best, profile))
         for chain in chains
     )
     return Plan(
@@ -191,6 +195,34 @@ def _paths(
     for exporter in exporters:
         if exporter.source == format_ and exporter.target not in seen:
             yield from _paths(exporters, exporter.target, (*path, exporter))
+
+
+def export_path(
+    registry: Registry, architecture: str, target: str
+) -> tuple[str, tuple[ExporterDescriptor, ...]]:
+    """The shortest way from a format of an architecture to another format: its start and steps.
+
+    Raises `PlanError` that says which exporters there are and why they cannot be used.
+    """
+    model = registry.models[architecture]
+    ways = [
+        (start, path)
+        for start in model.formats
+        for path, end in _paths(registry.exporters.values(), start)
+        if path
+        and end == target
+        and all(not s.architectures or architecture in s.architectures for s in path)
+    ]
+    if ways:
+        return min(ways, key=lambda way: (len(way[1]), [step.name for step in way[1]], way[0]))
+    declared = [f"{e.name} ({e.source} → {e.target})" for e in registry.exporters.declared()]
+    unusable = [f"{name}: {why}" for name, why in registry.exporters.unusable().items()]
+    raise PlanError(
+        f"no exporter makes {target} of {architecture} ({', '.join(model.formats)}). "
+        f"Exporters: {', '.join(declared) or 'none installed'}. "
+        + "; ".join(unusable)
+        + registry.exporters.hint("")
+    )
 
 
 @dataclass(frozen=True, slots=True)

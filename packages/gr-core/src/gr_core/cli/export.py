@@ -1,0 +1,92 @@
+"""``gr export``: turns a model into another format by a chain of exporters."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gr_core.cli.options import Setup, configured
+from gr_core.cli.output import progress
+
+if TYPE_CHECKING:
+    from gr_core.plugins.descriptors import ExporterDescriptor
+
+
+@click.command(name="export")
+@click.argument("name", metavar="MODEL")
+@configured
+@click.option("--to", "target", required=True, metavar="FORMAT", help="E.g. onnx, tensorrt, vllm.")
+@click.option("--version", "version", default="", help="Version; default: the active one.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder; default: NAME-VERSION-FORMAT."
+)
+@click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="For the exporters.")
+@click.option("--overwrite", is_flag=True, help="Replace the folder if it is there.")
+def export(
+    setup: Setup,
+    name: str,
+    target: str,
+    version: str,
+    out: Path | None,
+    options: tuple[str, ...],
+    overwrite: bool,
+) -> None:
+    """Turn a model into another format.
+
+    The folder appears at the end, complete and checked by its exporters, or not at all.
+    """
+    from gr_core.contracts import Artifact
+    from gr_core.errors import BundleError
+    from gr_core.planner import export_path
+    from gr_core.repository.bundle import atomic_folder
+
+    bundle = setup.repository.bundle(name, version)
+    descriptor = setup.registry.models[bundle.architecture]
+    start, path = export_path(setup.registry, bundle.architecture, target)
+    out = out or Path(f"{bundle.name}-{bundle.version}-{target}")
+    if out.exists() and not overwrite:
+        raise BundleError(f"{out}: exists; choose another folder with --out, or say --overwrite")
+    given = _options(options)
+    bundle.check_files()
+    model = descriptor.resolve()(bundle)
+    artifact = Artifact(start, bundle.path)
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="gr-export-") as scratch,
+            progress(len(path), "exporting") as done,
+        ):
+            for step in path[:-1]:
+                folder = Path(scratch) / step.name
+                folder.mkdir()
+                artifact = step.resolve()().export(artifact, model, folder, given)
+                done(step.name)
+            with atomic_folder(out) as partial:
+                path[-1].resolve()().export(artifact, model, partial, given)
+            done(path[-1].name)
+    finally:
+        model.close()
+    print(f"{_shown(start, path)}: wrote {out}")
+
+
+def _shown(start: str, path: Sequence[ExporterDescriptor]) -> str:
+    return " → ".join([start, *(step.target for step in path)])
+
+
+def _options(assignments: Sequence[str]) -> dict[str, Any]:
+    """Values are read as TOML where they are, else as text."""
+    import tomllib
+
+    options: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise click.BadParameter(f"{assignment!r}, expected NAME=VALUE", param_hint="--option")
+        try:
+            options[name] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            options[name] = text
+    return options
