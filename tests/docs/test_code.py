@@ -1,0 +1,122 @@
+"""The code of the README and the docs runs, page by page from top to bottom, as a reader would.
+
+In ``console`` blocks the lines after ``$`` are run; what follows a command, if anything, is what it
+must print, where ``...`` stands for anything. A command that ends with ``&`` runs until the end of
+the page and must then stop cleanly. ``python`` blocks are run by one interpreter a page. Commands
+that install, clone or need a tool that is not a package of Python are not run.
+"""
+
+from __future__ import annotations
+
+import doctest
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = ("README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))))
+NOT_RUN = ("pip ", "python3.11 -m venv", "nox", "git ", "grpcurl", "pytest")
+PORT = "50051"
+QUOTED = ("docs/tutorial.md", "docs/hooks.md")
+"""Pages whose Python is quoted from files, which other tests compare."""
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+@dataclass(frozen=True)
+class Block:
+    kind: str
+    text: str
+
+
+def blocks(page: str) -> Iterator[Block]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for kind, body in re.findall(r"^```(\w+)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        yield Block(kind, body)
+
+
+def commands(block: Block) -> Iterator[tuple[str, str]]:
+    """Commands with what they must print."""
+    for part in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]:
+        command, _, expected = part.replace("\\\n", " ").partition("\n")
+        yield command.partition("  #")[0].strip(), expected.strip()
+
+
+class Reader:
+    """Runs the blocks of a page, in a folder where the repository's examples are."""
+
+    def __init__(self, folder: Path, env: Mapping[str, str], port: int) -> None:
+        self._folder = folder
+        self._env = {**env, "GR_SERVER__GRPC__PORT": str(port)}
+        self._port = str(port)
+        self._background: list[subprocess.Popen[str]] = []
+        self._python = ""
+        (folder / "examples").symlink_to(ROOT / "examples")
+        (folder / "interactions.csv").write_text(INTERACTIONS)
+
+    def read(self, block: Block) -> None:
+        if block.kind == "console":
+            for command, expected in commands(block):
+                if not command.startswith(NOT_RUN):
+                    self._run(command, expected)
+        elif block.kind == "python":
+            # Blocks build on each other; all before this one are run again, which is quick.
+            self._python += block.text
+            self._check([sys.executable, "-c", self._python.replace(PORT, self._port)], "")
+
+    def _run(self, command: str, expected: str) -> None:
+        if command.endswith("&"):
+            arguments = shlex.split(command.removesuffix("&"))
+            process = subprocess.Popen(
+                arguments, cwd=self._folder, env=self._env, stdout=subprocess.PIPE, text=True
+            )
+            self._background.append(process)
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith("serving on"), command
+        else:
+            self._check(["bash", "-c", command.replace(PORT, self._port)], expected)
+
+    def _check(self, command: list[str], expected: str) -> None:
+        result = subprocess.run(
+            command, cwd=self._folder, env=self._env, capture_output=True, text=True
+        )
+        assert result.returncode == 0, f"{command[-1]}\n{result.stdout}\n{result.stderr}"
+        printed = result.stdout.replace(self._port, PORT)
+        matches = doctest.OutputChecker().check_output(expected, printed, OPTIONS)
+        assert not expected or matches, f"{command[-1]}\nexpected:\n{expected}\ngot:\n{printed}"
+
+    def close(self) -> None:
+        for process in self._background:
+            process.send_signal(signal.SIGTERM)
+        for process in self._background:
+            assert process.wait(timeout=60) == 0
+
+
+START_MS = 1_700_000_000_000
+INTERACTIONS = "user_id,item_id,timestamp_ms,title\n" + "".join(
+    f"{user},{item},{START_MS + 60_000 * step},Video {item}\n"
+    for user in range(40)
+    for step, item in enumerate((user * 7 + step * (1 + user % 3)) % 30 for step in range(12))
+)
+"""What pages call interactions.csv: 40 users who watched 12 of 30 videos each."""
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_page_runs(
+    page: str, with_popularity: Mapping[str, str], tmp_path: Path, free_port: int
+):
+    found = [b for b in blocks(page) if not (page in QUOTED and b.kind == "python")]
+    if not any(block.kind in ("console", "python") for block in found):
+        pytest.skip("no code on this page")
+    reader = Reader(tmp_path, with_popularity, free_port)
+    try:
+        for block in found:
+            reader.read(block)
+    finally:
+        reader.close()
