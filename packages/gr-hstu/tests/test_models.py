@@ -263,6 +263,18 @@ def test_an_empty_batch_of_histories(models: dict[str, Any]) -> None:
         assert logits.shape == (2, 2, 3)
 
 
+@pytest.mark.parametrize("name", [*RANKING_CONFIGS, *RESEARCH_CONFIGS])
+def test_bfloat16(name: str) -> None:
+    model = build({**RANKING_CONFIGS, **RESEARCH_CONFIGS}[name])
+    inputs = requests(model, 2, [8, 3], [4, 4])
+    with torch.no_grad():
+        expected = model(**inputs)
+        found = model.to(torch.bfloat16)(**inputs)
+    assert found.dtype == torch.bfloat16
+    # 8 bits of mantissa, through two layers.
+    assert (found.float() - expected).abs().mean() < 0.03 * expected.abs().max()
+
+
 def test_dropout_only_while_training() -> None:
     config = dataclasses.replace(RESEARCH, dropout=0.5, input_dropout=0.5)
     model = build(config)

@@ -94,8 +94,9 @@ class Recorded:
         self.prefix = config.num_prefix_tokens if config.heads else 0
         self.model.stack.register_forward_hook(self._record)
 
-    def _record(self, _: nn.Module, __: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        self._kv = torch.cat([output[1].flatten(3), output[2].flatten(3)], dim=-1)
+    def _record(self, _: nn.Module, __: Any, output: tuple[Tensor, Any, Any]) -> None:
+        keys, values = (torch.stack(output[i]).flatten(3) for i in (1, 2))
+        self._kv = torch.cat([keys, values], dim=-1)
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
         """(layers, 1, tokens, K + V) of the prefix and the history."""

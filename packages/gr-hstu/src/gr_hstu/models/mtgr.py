@@ -149,9 +149,9 @@ class MTGR(nn.Module):
             context_features,
             realtime_counts,
         )
-        _, k_NBSHK, v_NBSHV = self.stack(x_BSD, tokens.group_BT, mtgr_mask(tokens, tokens))
+        _, keys, values = self.stack(x_BSD, tokens.group_BT, mtgr_mask(tokens, tokens))
         last_B = last_timestamp(history_timestamps, history_lengths)
-        return MTGRState(k_NBSHK, v_NBSHV, *tokens, last_B)
+        return MTGRState(torch.stack(keys), torch.stack(values), *tokens, last_B)
 
     def score_candidates(
         self,

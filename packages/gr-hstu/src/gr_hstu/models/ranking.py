@@ -149,10 +149,10 @@ class HSTURanking(nn.Module):
             user_features,
             context_features,
         )
-        _, k_NBSHK, v_NBSHV = self.stack(x_BSD, self._mask(tokens, tokens))
+        _, keys, values = self.stack(x_BSD, self._mask(tokens, tokens))
         return HSTUState(
-            k_NBSHK,
-            v_NBSHV,
+            torch.stack(keys),
+            torch.stack(values),
             tokens.rank_BT,
             tokens.valid_BT,
             history_lengths,

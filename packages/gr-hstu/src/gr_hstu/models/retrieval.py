@@ -113,10 +113,11 @@ class HSTURetrieval(nn.Module):
             return None
         next_time_BL = F.pad(timestamps_BL, (0, 1))[:, 1:]
         is_last_BL = rank_BL == (lengths_B - 1)[:, None]
+        # Ranks are the same for all users: one row of position biases serves the batch.
         return relative_index(
-            rank_BL,
+            rank_BL[:1],
             torch.where(is_last_BL, request_time_B[:, None], next_time_BL),
-            rank_BL,
+            rank_BL[:1],
             timestamps_BL,
             num_positions=self.config.max_seq_len,
             num_buckets=self.config.time_bias_buckets,

@@ -146,10 +146,10 @@ class HSTUStack(nn.Module):
         mask_BTS: Tensor,
         index: RelativeIndex | None = None,
         past: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns Y (B, T, D), and the given tokens' K (N, B, T, H, K) and V (N, B, T, H, V).
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Returns Y (B, T, D), and the tokens' K (B, T, H, K) and V (B, T, H, V) of each layer.
 
-        `past` holds the same two for the cached tokens.
+        `past` holds the same for the cached tokens, stacked: (N, B, S - T, H, K) and V.
         """
         keys, values = [], []
         for i, layer in enumerate(self.layers):
@@ -157,4 +157,4 @@ class HSTUStack(nn.Module):
             x_BTD, k_BTHK, v_BTHV = layer(x_BTD, mask_BTS, index, layer_past)
             keys.append(k_BTHK)
             values.append(v_BTHV)
-        return x_BTD, torch.stack(keys), torch.stack(values)
+        return x_BTD, keys, values

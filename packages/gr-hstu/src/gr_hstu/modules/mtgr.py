@@ -87,12 +87,15 @@ class MTGRStack(nn.Module):
         group_BT: Tensor,
         mask_BTS: Tensor,
         past: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the tokens (B, T, D), and their K (N, B, T, H, K) and V (N, B, T, H, V)."""
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Returns the tokens (B, T, D), and of each layer their K (B, T, H, K) and V (B, T, H, V).
+
+        `past` holds the same for the cached tokens, stacked: (N, B, S - T, H, K) and V.
+        """
         keys, values = [], []
         for i, layer in enumerate(self.layers):
             layer_past = None if past is None else (past[0][i], past[1][i])
             x_BTD, k_BTHK, v_BTHV = layer(x_BTD, group_BT, mask_BTS, layer_past)
             keys.append(k_BTHK)
             values.append(v_BTHV)
-        return x_BTD, torch.stack(keys), torch.stack(values)
+        return x_BTD, keys, values
