@@ -6,6 +6,7 @@ is missing or unknown, 1.. otherwise; the model has one embedding row for each i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,8 +26,8 @@ class Feature:
     """How one value becomes a bucket id.
 
     ``binary``: 1 for zero, 2 otherwise. ``bucket``: 1 + the number of ``boundaries`` not above the
-    value. ``categorical``: 1 + the place of the value in ``values``, compared as text, so that 3
-    and "3" are the same.
+    value, compared in float32, which is what requests carry. ``categorical``: 1 + the place of the
+    value in ``values``, compared as text, so that 3 and "3" are the same.
     """
 
     name: str
@@ -57,16 +58,21 @@ class Feature:
         if self.kind == "binary":
             ids = np.where(column != 0, 2, 1)
         elif self.kind == "bucket":
-            ids = np.searchsorted(np.asarray(self.boundaries), column, side="right") + 1
+            boundaries = np.asarray(self.boundaries, np.float32)
+            ids = np.searchsorted(boundaries, column.astype(np.float32), side="right") + 1
         else:
-            ids = np.array([self.encode_value(float(v)) for v in column], np.int64)
+            different, place = np.unique(column, return_inverse=True)
+            codes = [self.encode_value(value) for value in different.tolist()]
+            ids = np.array(codes, np.int64)[place]
         return np.where(known, ids, 0)
 
     def encode_value(self, value: FeatureValue | None) -> int:
         """Bucket id of one value; 0 for None, NaN, or what the feature does not know."""
         if self.kind == "categorical":
-            if isinstance(value, float) and value.is_integer():
-                value = int(value)
+            if isinstance(value, float):
+                if math.isnan(value):
+                    return 0
+                value = int(value) if value.is_integer() else value
             try:
                 return self.values.index(str(value)) + 1
             except ValueError:
