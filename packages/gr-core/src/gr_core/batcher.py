@@ -106,22 +106,23 @@ class MicroBatcher:
         """
         loop = asyncio.get_running_loop()
         pending = _Pending(request, deadline, loop, loop.create_future())
+        dead: list[_Pending] = []
         with self._wakeup:
             if self._closing:
                 raise Unavailable(f"{self._name} is closing")
             if len(self._queue) >= self._options.max_queue:
-                waiting = len(self._queue) * self._seconds_per_request
-                full = Overloaded(
-                    f"the queue of {self._name} is full ({len(self._queue)} requests)",
-                    retry_after_s=min(max(waiting, 0.01), 30.0),
-                )
-            else:
-                full = None
+                dead = self._take_dead(time.monotonic())
+            waiting = len(self._queue)
+            if waiting < self._options.max_queue:
                 self._queue.append(pending)
                 self._wakeup.notify()
-        if full is not None:
+        self._drop(dead)
+        if waiting >= self._options.max_queue:
             self._on_drop("full")
-            raise full
+            raise Overloaded(
+                f"the queue of {self._name} is full ({waiting} requests)",
+                retry_after_s=min(max(waiting * self._seconds_per_request, 0.01), 30.0),
+            )
         return await pending.future
 
     def close(self) -> None:
@@ -132,6 +133,24 @@ class MicroBatcher:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
+    def _take_dead(self, now: float) -> list[_Pending]:
+        """Removes what is late or cancelled from the queue."""
+        dead = [
+            p
+            for p in self._queue
+            if p.future.cancelled() or (p.deadline is not None and p.deadline <= now)
+        ]
+        if dead:
+            gone = set(map(id, dead))
+            self._queue = [p for p in self._queue if id(p) not in gone]
+        return dead
+
+    def _drop(self, dead: Sequence[_Pending]) -> None:
+        late = f"the deadline passed in the queue of {self._name}"
+        for pending in dead:
+            self._on_drop("cancelled" if pending.future.cancelled() else "deadline")
+        _deliver(dead, [DeadlineExceeded(late) for _ in dead])
+
     # The worker thread.
 
     def _run(self) -> None:
@@ -141,34 +160,21 @@ class MicroBatcher:
                     self._wakeup.wait()
                 if not self._queue:
                     return
-                batch, dropped = self._take(time.monotonic())
-            if dropped:
-                _deliver(dropped, [self._late(pending) for pending in dropped])
+                dead = self._take_dead(time.monotonic())
+                batch = self._take_batch()
+            self._drop(dead)
             if batch:
                 self._compute(batch)
 
-    def _late(self, pending: _Pending) -> _Outcome:
-        cancelled = pending.future.cancelled()
-        self._on_drop("cancelled" if cancelled else "deadline")
-        return DeadlineExceeded(f"the deadline passed in the queue of {self._name}")
-
-    def _take(self, now: float) -> tuple[list[_Pending], list[_Pending]]:
-        """Removes the next batch, and what is late or cancelled, from the queue."""
-        dropped = [
-            p
-            for p in self._queue
-            if p.future.cancelled() or (p.deadline is not None and p.deadline <= now)
-        ]
-        if dropped:
-            gone = set(map(id, dropped))
-            self._queue = [p for p in self._queue if id(p) not in gone]
+    def _take_batch(self) -> list[_Pending]:
+        """Removes the next batch from the queue."""
         if not self._queue:
-            return [], dropped
+            return []
         batch = select_batch([p.request for p in self._queue], self._options)
         chosen = set(batch)
         taken = [self._queue[i] for i in batch]
         self._queue = [p for i, p in enumerate(self._queue) if i not in chosen]
-        return taken, dropped
+        return taken
 
     def _compute(self, batch: list[_Pending]) -> None:
         started = time.monotonic()
