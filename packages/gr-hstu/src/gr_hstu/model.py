@@ -20,7 +20,8 @@ from gr_core.types import FloatArray, RecommendRequest, Task
 from gr_hstu.config import HSTUConfig, MTGRConfig
 from gr_hstu.features import FeatureSchema
 from gr_hstu.importers import import_checkpoint
-from gr_hstu.models import MTGR, HSTURanking, HSTURetrieval
+from gr_hstu.models import MTGR, HSTURetrieval, build_model
+from gr_hstu.modules.skeleton import skeleton
 from gr_hstu.stability import prefix_stability
 
 _Config = TypeVar("_Config")
@@ -42,15 +43,12 @@ _RETRIEVAL_HEADS = ("recommendation",)
 
 def load_hstu(bundle: Bundle) -> HSTUModel:
     """The factory of the architecture ``hstu``: retrieval or ranking by the configured variant."""
-    config = _config(bundle, HSTUConfig.from_dict)
-    module = HSTURetrieval(config) if config.variant == "research" else HSTURanking(config)
-    return HSTUModel(bundle, config, module)
+    return HSTUModel(bundle, _config(bundle, HSTUConfig.from_dict))
 
 
 def load_mtgr(bundle: Bundle) -> HSTUModel:
     """The factory of the architecture ``mtgr``."""
-    config = _config(bundle, MTGRConfig.from_dict)
-    return HSTUModel(bundle, config, MTGR(config))
+    return HSTUModel(bundle, _config(bundle, MTGRConfig.from_dict))
 
 
 class RetrievalRanker(nn.Module):
@@ -78,17 +76,17 @@ class RetrievalRanker(nn.Module):
 class HSTUModel:
     """Implements `gr_core.contracts.TorchModel` for a bundle of either architecture."""
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        config: HSTUConfig | MTGRConfig,
-        module: HSTURetrieval | HSTURanking | MTGR,
-    ) -> None:
+    def __init__(self, bundle: Bundle, config: HSTUConfig | MTGRConfig) -> None:
         self._bundle = bundle
         self._config = config
         self._schema = FeatureSchema.from_dict(bundle.features)
         self._catalogue = bundle.catalogue()
         _check(bundle, config, self._schema, self._catalogue)
+        try:
+            with skeleton():
+                module = build_model(config)
+        except ValueError as error:
+            raise BundleError(f"{bundle.path}/config.json: config: {error}") from None
         self.notes = _load_weights(bundle, module)
         self._module = module.eval().requires_grad_(False)
         self._retrieves = isinstance(module, HSTURetrieval)
@@ -286,4 +284,4 @@ def _assign(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     if wrong:
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise BundleError(f"{path}: {'; '.join(wrong[:8])}{more}")
-    module.load_state_dict({n: t.to(own[n].dtype) for n, t in state.items()})
+    module.load_state_dict({n: t.to(own[n].dtype) for n, t in state.items()}, assign=True)
