@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from gr_core.errors import InvalidRequest, NotFound, Unavailable, Violation
+from gr_core.errors import DeadlineExceeded, InvalidRequest, NotFound, Unavailable, Violation
 from gr_core.pipeline import Pipeline
 from gr_core.types import RecommendRequest
 from gr_serve_grpc._gen.gr.v1 import cache_service_pb2 as cache_pb
@@ -65,20 +65,19 @@ class RecommenderMethods:
     # ── Recommend ────────────────────────────────────────────────────────────────────────────
 
     async def recommend(self, data: bytes, call: Call) -> bytes:
-        answer = await self._answer(self._read, data, call)
-        return answer.SerializeToString()
+        request = await self._read(self._parse, data, call)
+        answer = await self._pipeline.recommend(request)
+        return message_from_recommendation(answer).SerializeToString()
 
-    async def _answer(
-        self, read: Callable[[bytes, Call], RecommendRequest], data: bytes, call: Call
-    ) -> pb.RecommendResponse:
+    async def _read(
+        self, parse: Callable[[bytes, Call], RecommendRequest], data: bytes, call: Call
+    ) -> RecommendRequest:
         if len(data) <= INLINE_BYTES:
-            request = read(data, call)
-        else:
-            loop = asyncio.get_running_loop()
-            request = await loop.run_in_executor(self._reader, read, data, call)
-        return message_from_recommendation(await self._pipeline.recommend(request))
+            return parse(data, call)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._reader, parse, data, call)
 
-    def _read(self, data: bytes, call: Call) -> RecommendRequest:
+    def _parse(self, data: bytes, call: Call) -> RecommendRequest:
         message = parsed(pb.RecommendRequest, data, self._settings.max_receive_bytes)
         return self._request(message, call, self._calls.ids.choose(message.request_id, call))
 
@@ -134,31 +133,36 @@ class RecommenderMethods:
     async def _answer_streamed(
         self, data: bytes, call: Call, unanswered: set[str]
     ) -> pb.RecommendStreamResponse:
-        def read(data: bytes, call: Call) -> RecommendRequest:
-            message = parsed(pb.RecommendStreamRequest, data, self._settings.max_receive_bytes)
-            call.request_id = request_id = message.request.request_id
-            problem = "empty, expected an id" if not request_id else None
-            if request_id in unanswered:
-                problem = f"{request_id!r} belongs to an unanswered request of this stream"
-            if problem is not None:
-                raise InvalidRequest([Violation("request.request_id", problem)])
-            unanswered.add(request_id)
-            owned.append(request_id)
-            if message.HasField("timeout"):
-                timeout = message.timeout.ToNanoseconds() / 1e9
-                call.deadline = min(call.deadline, time.monotonic() + timeout)
-            return self._request(message.request, call, request_id)
-
-        owned: list[str] = []
+        mine: set[str] = set()
         try:
             with self._calls.admitted():
-                response = await self._answer(read, data, call)
+                request = await self._read(self._parse_streamed, data, call)
+                if request.request_id in unanswered:
+                    problem = "belongs to an unanswered request of this stream"
+                    raise InvalidRequest([Violation("request_id", problem)])
+                mine.add(request.request_id)
+                unanswered |= mine
+                # The transport cancels unary calls at their deadline; these are cancelled here.
+                async with asyncio.timeout(call.deadline - time.monotonic()):
+                    answer = await self._pipeline.recommend(request)
+            response = message_from_recommendation(answer)
             return pb.RecommendStreamResponse(request_id=call.request_id, response=response)
         except Exception as error:
+            if isinstance(error, TimeoutError) and time.monotonic() >= call.deadline:
+                error = DeadlineExceeded("the deadline passed")
             _, status = self._calls.failure(error, call)
             return pb.RecommendStreamResponse(request_id=call.request_id, error=status)
         finally:
-            unanswered.difference_update(owned)
+            unanswered -= mine
+
+    def _parse_streamed(self, data: bytes, call: Call) -> RecommendRequest:
+        message = parsed(pb.RecommendStreamRequest, data, self._settings.max_receive_bytes)
+        if message.HasField("timeout"):
+            timeout = message.timeout.ToNanoseconds() / 1e9
+            call.deadline = min(call.deadline, time.monotonic() + timeout)
+        if not message.request.request_id:
+            raise InvalidRequest([Violation("request_id", "empty, expected an id")])
+        return self._request(message.request, call, message.request.request_id)
 
     # ── Models ───────────────────────────────────────────────────────────────────────────────
 

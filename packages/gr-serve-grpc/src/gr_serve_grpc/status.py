@@ -115,7 +115,9 @@ def error_of(status: Status) -> GrError:
         return Overloaded(status.message, retry.retry_delay.ToNanoseconds() / 1e9)
     if code is Code.DEADLINE_EXCEEDED:
         return DeadlineExceeded(status.message)
-    if code is Code.UNAVAILABLE:
+    # A call that is cancelled though its caller did not cancel it was waiting at a server that
+    # shut down, before any method saw it.
+    if code in (Code.UNAVAILABLE, Code.CANCELLED):
         return Unavailable(status.message)
     return CallError(code, status.message, info.request_id)
 
