@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,29 @@ def run(environment: Mapping[str, str], tmp_path: Path) -> Run:
         return result
 
     return run
+
+
+@pytest.fixture
+def serve(environment: Mapping[str, str], tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Starts `gr serve` with options and returns its address; each must stop with exit code 0."""
+    started: list[subprocess.Popen[str]] = []
+
+    def serve(*options: str, env: Mapping[str, str] = environment) -> str:
+        command = ["gr", "serve", "--port", "0", *options]
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        assert process.stdout is not None
+        announcement = process.stdout.readline()
+        assert announcement.startswith("serving on "), announcement
+        return announcement.removeprefix("serving on ").strip()
+
+    yield serve
+    for process in started:
+        process.send_signal(signal.SIGTERM)
+    for process in started:
+        assert process.wait(timeout=60) == 0
 
 
 @pytest.fixture
