@@ -382,7 +382,9 @@ class _Merged:
         else:
             problems = list(_inconsistencies(config))
             if not problems and not self.problems:
-                config._origins.update(self.origins)
+                # An empty table says nothing of the fields in it: they keep their defaults.
+                said = {path for path, value in _leaves(self.tree) if value != {}}
+                config._origins.update({p: o for p, o in self.origins.items() if p in said})
                 return config
         problems += self.problems
         lines = [str(p) for p in sorted(problems, key=lambda p: p.field)]

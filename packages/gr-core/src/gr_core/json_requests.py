@@ -59,15 +59,17 @@ def request_of(data: Any, where: str = "request") -> RecommendRequest:
             continue
         try:
             values[key] = _CONVERT[key](value)
+        except InvalidRequest as error:
+            violations += [Violation(f"{where}.{v.field}", v.message) for v in error.violations]
         except (ValueError, TypeError, KeyError) as error:
-            missing = isinstance(error, KeyError)
-            text = f"{error} is missing" if missing else f"{value!r:.60}: {error}"
-            violations.append(Violation(f"{where}.{key}", text))
-    if "history" not in values and "history" not in data:
-        values["history"] = History()
+            violations.append(Violation(f"{where}.{key}", _explained(value, error)))
     if violations:
         raise InvalidRequest(violations)
-    return RecommendRequest(**values)
+    return RecommendRequest(**{"history": History(), **values})
+
+
+def _explained(value: Any, error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else f"{value!r:.60}: {error}"
 
 
 def answer_as_dict(answer: Recommendation) -> dict[str, Any]:
@@ -148,17 +150,28 @@ def _columns(value: Any) -> Mapping[str, FloatArray]:
 
 def _history(value: Any) -> History:
     if isinstance(value, list):
-        rows = [
-            Behaviour(row["item_id"], _whole(row["timestamp_ms"]), _table(row.get("signals", {})))
-            for row in map(_table, value)
-        ]
-        return History.of(rows)
+        return _history_of_rows(value)
     columns = _table(value)
     return History(
         item_ids=_item_ids(columns["item_ids"]),
         timestamps_ms=np.array([_whole(t) for t in columns["timestamps_ms"]], np.int64),
         signals=_columns(columns.get("signals", {})),
     )
+
+
+def _history_of_rows(values: Sequence[Any]) -> History:
+    rows, violations = [], []
+    for index, value in enumerate(values):
+        try:
+            row = _table(value)
+            (item,) = _item_ids([row["item_id"]]).tolist()
+            signals = {name: float(v) for name, v in _table(row.get("signals", {})).items()}
+            rows.append(Behaviour(item, _whole(row["timestamp_ms"]), signals))
+        except (ValueError, TypeError, KeyError) as error:
+            violations.append(Violation(f"history[{index}]", _explained(value, error)))
+    if violations:
+        raise InvalidRequest(violations)
+    return History.of(rows)
 
 
 def _candidates(value: Any) -> Candidates | None:

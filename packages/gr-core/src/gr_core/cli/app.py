@@ -13,7 +13,7 @@ import click
 
 from gr_core._version import __version__
 from gr_core.builtins import COMMANDS
-from gr_core.errors import GrError, PluginError, UserError
+from gr_core.errors import GrError, InvalidRequest, PluginError, UserError
 from gr_core.plugins.descriptors import CommandDescriptor
 from gr_core.plugins.host import PluginHost
 from gr_core.plugins.registry import did_you_mean
@@ -115,7 +115,8 @@ def run(arguments: list[str]) -> int:
     except GrError as error:
         if debug:
             traceback.print_exc()
-        print(f"gr: {error}", file=sys.stderr)
+        for line in error.violations if isinstance(error, InvalidRequest) else [error]:
+            print(f"gr: {line}", file=sys.stderr)
         return MISTAKE if isinstance(error, UserError) else FAULT
     except Exception as error:
         logger.exception("gr %s failed", " ".join(arguments))

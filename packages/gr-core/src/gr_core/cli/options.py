@@ -76,7 +76,9 @@ class Setup:
 def configured(command: Callable[Concatenate[Setup, P], R]) -> Callable[P, R]:
     """Adds ``--config``, ``--profile``, ``--models``, ``--set``; the command gets a `Setup`."""
 
-    @click.option("--config", "file", metavar="FILE", help="Configuration; default: gr.toml.")
+    @click.option(
+        "--config", "config_file", metavar="FILE", help="Configuration; default: gr.toml."
+    )
     @click.option(
         "--profile",
         type=click.Choice(["development", "testing", "production"]),
@@ -106,7 +108,7 @@ def configured(command: Callable[Concatenate[Setup, P], R]) -> Callable[P, R]:
         ):
             if value is not None:
                 flags[field] = value
-        return command(Setup(_pop(kwargs, "file"), flags), *args, **kwargs)
+        return command(Setup(_pop(kwargs, "config_file"), flags), *args, **kwargs)
 
     return wrapper
 

@@ -75,11 +75,21 @@ def recommend(
         version=model_version or request.version,
     )
     setup = setup.override_models(strategy=strategy, device=device, dtype=dtype)
-    answer = asyncio.run(_recommend(setup.config, setup.registry, request))
+    answer = asyncio.run(_recommend(_needed(setup, request.model), setup.registry, request))
     if as_json:
         emit(answer_as_dict(answer))
         return
     _print(answer)
+
+
+def _needed(setup: Setup, name: str) -> Config:
+    """The configuration without the models that answer to other names, which need no loading."""
+    pipelines = tuple(p for p in setup.config.pipelines if p.name == name)
+    models = {m for p in pipelines for m in (p.retrieve, p.rank) if m} or {name}
+    if not models <= {model.name for model in setup.models()}:
+        return setup.config
+    chosen = tuple(setup.models(sorted(models)))
+    return setup.config.model_copy(update={"models": chosen, "pipelines": pipelines})
 
 
 def _ids(text: str) -> Sequence[ItemId]:
