@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from prometheus_client import generate_latest
+
 from gr_core.config import Config
 from gr_serve_grpc.metrics import PrometheusObserver
 from gr_serve_grpc.settings import GrpcSettings, PrometheusSettings, parse_settings
-from prometheus_client import generate_latest
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 
