@@ -31,7 +31,9 @@ def load(data: str, data_dir: Path | None = None) -> Interactions:
             )
         return folder.read(path)
     roots = SEARCHED if data_dir is None else (data_dir,)
-    candidates = [p for root in roots for p in ((root, root / data) if data_dir else (root / data,))]
+    candidates = [
+        p for root in roots for p in ((root, root / data) if data_dir else (root / data,))
+    ]
     for path in candidates:
         if any(path.glob("*.inter" if data == "ml-100k" else "events_*.csv.gz")):
             return DATASETS[data](path)

@@ -22,7 +22,9 @@ from gr_hstu.data.interactions import Interactions, Table, number
 
 def read(folder: Path) -> Interactions:
     """Reads the folder; ValueError names the file, line and column that is wrong."""
-    path, columns = _columns(folder, "interactions", required=("user_id", "item_id", "timestamp_ms"))
+    path, columns = _columns(
+        folder, "interactions", required=("user_id", "item_id", "timestamp_ms")
+    )
     if not columns["user_id"]:
         raise ValueError(f"{path}: no rows")
     user_N, user_ids = number(columns.pop("user_id"))
@@ -105,6 +107,8 @@ def _table(folder: Path, stem: str, key: str, ids: tuple[str, ...]) -> Table:
         features[name] = column[order]
     return Table(
         ids,
-        None if titles is None else tuple(titles[r] if r >= 0 else i for r, i in zip(order, ids)),
+        None
+        if titles is None
+        else tuple(titles[r] if r >= 0 else i for r, i in zip(order, ids, strict=True)),
         features,
     )

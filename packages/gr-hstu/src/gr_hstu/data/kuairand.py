@@ -44,8 +44,8 @@ USER_COLUMNS = (
 def read(folder: Path) -> Interactions:
     """Earlier and timed events, exact duplicate rows dropped.
 
-    Signals ``click``, ``long_view``, ``like`` (0 or 1), ``watch_percentage`` (0 to 1) and
-    ``watch_duration`` (seconds); for earlier events only ``long_view`` and ``like`` are known.
+    Signals ``is_clicked``, ``is_long_view``, ``is_liked`` (0 or 1), ``watch_percentage`` (0 to 1)
+    and ``watch_duration`` (seconds); for earlier events only the second and third are known.
     Context ``tab`` (the app's page, -1 for earlier events).
     """
     (events_path,) = sorted(folder.glob("events_*.csv.gz"))
@@ -84,9 +84,9 @@ def read(folder: Path) -> Interactions:
             item_N=_index(both(video, column["video_id"], np.int64), items.ids, "video_id"),
             timestamp_ms_N=both(time_ms, column["time_ms"], np.int64),
             signals={
-                "click": both(unknown, column["is_click"], np.float32),
-                "long_view": both(long_view, column["long_view"], np.float32),
-                "like": both(like, column["is_like"], np.float32),
+                "is_clicked": both(unknown, column["is_click"], np.float32),
+                "is_long_view": both(long_view, column["long_view"], np.float32),
+                "is_liked": both(like, column["is_like"], np.float32),
                 "watch_percentage": both(unknown, watched, np.float32),
                 "watch_duration": both(unknown, column["play_time_ms"] / 1000, np.float32),
             },

@@ -45,7 +45,9 @@ def read(folder: Path) -> Interactions:
                     else i
                     for i in item_ids
                 ),
-                features={"class": np.array([titles.get(i, {}).get("class", "") for i in item_ids])},
+                features={
+                    "class": np.array([titles.get(i, {}).get("class", "") for i in item_ids])
+                },
             ),
             attribution=ATTRIBUTION,
             licence=LICENCE,

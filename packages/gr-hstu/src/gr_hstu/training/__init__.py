@@ -1,0 +1,1 @@
+"""Training of small models: seeded, resumable, on CPU or GPU."""

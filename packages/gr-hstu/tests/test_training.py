@@ -1,0 +1,424 @@
+"""The training loop, losses, batches and features of training."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gr_hstu.data.interactions import Interactions, Table
+from gr_hstu.evaluation.protocols import Cases
+from gr_hstu.features import Feature, FeatureSchema
+from gr_hstu.training import losses, settings
+from gr_hstu.training.batches import HistoryEncoder, catalogue_of, stack
+from gr_hstu.training.loop import Interrupted, Options, fit
+from gr_hstu.training.ranking_task import RankingTask
+from gr_hstu.training.retrieval_task import RetrievalTask
+
+DAY_MS = 86_400_000
+
+
+def cyclic(users: int = 60, length: int = 12, items: int = 20) -> Interactions:
+    """Every user goes round the items: what comes next is certain."""
+    user = np.repeat(np.arange(1, users + 1), length)
+    step = np.tile(np.arange(length), users)
+    liked = ((user + step) % items < items // 2).astype(np.float32)
+    return Interactions.sort(
+        Interactions(
+            name="cyclic",
+            user_N=user,
+            item_N=(user + step) % items + 1,
+            timestamp_ms_N=step * 3_600_000 + 1_650_000_000_000,
+            users=Table(
+                tuple(str(u) for u in range(1, users + 1)),
+                features={
+                    "group": np.array(["a", "b"] * (users // 2)),
+                },
+            ),
+            items=Table(
+                tuple(str(i) for i in range(1, items + 1)),
+                features={
+                    "length": np.arange(items).astype(np.float32),
+                },
+            ),
+            signals={"is_liked": liked},
+            context={"tab": (user % 3).astype(np.int64)},
+        )
+    )
+
+
+def retrieval_task(**changes: Any) -> RetrievalTask:
+    values = {
+        "d_model": 16,
+        "max_history": 8,
+        "truncate_step": 2,
+        "dropout": 0.1,
+        "sasrec_dropout": 0.1,
+        "batch_size": 16,
+        "signals": (Feature("is_liked", "binary"),),
+    }
+    return RetrievalTask(cyclic(), settings.RetrievalSettings(**(values | changes)))
+
+
+def ranking_task(model: str = "mtgr") -> RankingTask:
+    return RankingTask(
+        cyclic(),
+        settings.RankingSettings(
+            model=model,
+            d_model=16,
+            embedding_dim=8,
+            mlp_dim=16,
+            max_history=8,
+            truncate_step=2,
+            dropout=0.1,
+            batch_size=32,
+            heads={"like": "is_liked"},
+            signals=(Feature("is_liked", "binary"),),
+            user_columns=("group",),
+            item_columns=("length",),
+        ),
+    )
+
+
+OPTIONS = Options(max_epochs=3, patience=3, learning_rate=3e-3)
+
+
+@pytest.mark.parametrize("kind", ["hstu", "sasrec"])
+@pytest.mark.parametrize("loss", ["full", "sampled", "shared", "in-batch"])
+def test_retrieval_learns_what_comes_next(kind: str, loss: str) -> None:
+    task = retrieval_task(loss=loss, negatives=10)
+    model = task.new_model(kind, seed=0)
+    options = Options(max_epochs=30, patience=30, learning_rate=1e-2)
+    progress = task.train(model, kind, options)
+    assert progress.history[-1]["loss"] < 0.6 * progress.history[0]["loss"]
+    result = task.test(task.scorer(model))
+    assert result.mean("hr@1") > 0.9
+    popularity = task.test(task.baselines()["popularity"]())
+    assert result.mean("ndcg@10") > popularity.mean("ndcg@10")
+
+
+@pytest.mark.parametrize("kind", ["mtgr", "hstu"])
+def test_ranking_learns_from_items_and_features(kind: str) -> None:
+    task = ranking_task(kind)
+    model = task.new_model(seed=0)
+    progress = task.train(model, Options(max_epochs=6, patience=6, learning_rate=1e-2))
+    assert progress.history[-1]["loss"] < progress.history[0]["loss"]
+    assert progress.best_metric > 0.95
+    probability = task.test(model)
+    assert probability.shape == (len(task.split.test), 1)
+    assert ((probability > 0) & (probability < 1)).all()
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("stop", [1, 7, 40, 62])
+def test_a_resumed_run_is_bit_identical(tmp_path: Path, stop: int) -> None:
+    task = retrieval_task()
+    straight = task.new_model("hstu", seed=3)
+    whole = task.train(straight, "hstu", OPTIONS)
+
+    model = task.new_model("hstu", seed=3)
+    objective = task.objective("hstu")
+    with pytest.raises(Interrupted):
+        # stop_after_steps of every call, until the run is through
+        fit(model, objective, OPTIONS, tmp_path, stop_after_steps=1)
+    for _ in range(100):
+        model = task.new_model("hstu", seed=99)  # the checkpoint decides, not this
+        torch.rand(7)  # nor what else draws random numbers
+        try:
+            resumed = fit(model, objective, OPTIONS, tmp_path, stop_after_steps=stop)
+            break
+        except Interrupted:
+            continue
+    assert resumed == whole
+    assert same(weights(model), weights(straight))
+
+
+def test_seeds_decide(tmp_path: Path) -> None:
+    task = retrieval_task()
+    runs = []
+    for seed in (0, 0, 1):
+        model = task.new_model("hstu", seed)
+        task.train(model, "hstu", Options(seed=seed, max_epochs=1))
+        runs.append(weights(model))
+    assert same(runs[0], runs[1])
+    assert not same(runs[0], runs[2])
+
+
+def test_the_best_epoch_is_kept_and_patience_ends_the_run() -> None:
+    class Objective:
+        metrics = iter([0.1, 0.5, 0.4, 0.3, 0.9])
+
+        def epoch(self, draw: np.random.Generator) -> list[int]:
+            return [0]
+
+        def loss(self, model: nn.Linear, plan: int) -> Tensor:
+            return model.weight.sum()
+
+        def validate(self, model: nn.Linear) -> float:
+            seen.append(model.weight.item())
+            return next(self.metrics)
+
+    seen: list[float] = []
+    model = nn.Linear(1, 1)
+    progress = fit(model, Objective(), Options(max_epochs=9, patience=2))
+    assert (progress.best_epoch, progress.epoch, progress.finished) == (1, 4, True)
+    assert model.weight.item() == seen[1]
+    assert not model.training
+
+
+def test_an_interrupt_leaves_a_state_to_go_on_from(tmp_path: Path) -> None:
+    task = retrieval_task()
+    straight = task.new_model("hstu", seed=0)
+    task.train(straight, "hstu", OPTIONS)
+
+    class Interrupting:
+        steps = 0
+
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        def epoch(self, draw: np.random.Generator) -> Any:
+            return self.inner.epoch(draw)
+
+        def loss(self, model: Any, plan: Any) -> Tensor:
+            self.steps += 1
+            if self.steps == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            return self.inner.loss(model, plan)
+
+        def validate(self, model: Any) -> float:
+            return self.inner.validate(model)
+
+    before = signal.getsignal(signal.SIGINT)
+    model = task.new_model("hstu", seed=0)
+    with pytest.raises(KeyboardInterrupt, match="epoch 0, step 3"):
+        fit(model, Interrupting(task.objective("hstu")), OPTIONS, tmp_path)
+    assert signal.getsignal(signal.SIGINT) is before
+    model = task.new_model("hstu", seed=0)
+    fit(model, task.objective("hstu"), OPTIONS, tmp_path)
+    assert same(weights(model), weights(straight))
+
+
+def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
+    task = retrieval_task()
+    model = task.new_model("hstu", 0)
+    task.train(model, "hstu", Options(max_epochs=1), tmp_path)
+    with pytest.raises(ValueError, match=r"options.learning_rate was 0.001 and is 0.1"):
+        task.train(model, "hstu", Options(max_epochs=1, learning_rate=0.1), tmp_path)
+    smaller = retrieval_task(dropout=0.0)
+    with pytest.raises(ValueError, match=r"settings.dropout was 0.1 and is 0.0"):
+        smaller.train(smaller.new_model("hstu", 0), "hstu", Options(max_epochs=1), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.safetensors"]
+
+
+def test_a_diverging_run_says_what_to_do() -> None:
+    class Objective:
+        def epoch(self, draw: np.random.Generator) -> list[int]:
+            return [0]
+
+        def loss(self, model: nn.Linear, plan: int) -> Tensor:
+            return model.weight.sum() * torch.inf
+
+        def validate(self, model: nn.Linear) -> float:
+            return 0.0
+
+    with pytest.raises(FloatingPointError, match="--set learning_rate"):
+        fit(nn.Linear(1, 1), Objective(), Options())
+
+
+# ── Losses ────────────────────────────────────────────────────────────────────────────────────
+
+
+def softmax_case() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(5, 8), torch.randn(11, 8), torch.tensor([1, 2, 2, 7, 10])
+
+
+def test_full_softmax_leaves_out_padding() -> None:
+    query, item, target = softmax_case()
+    expected = F.cross_entropy(query @ item[1:].T / 0.5, target - 1)
+    torch.testing.assert_close(losses.full_softmax(query, item, target, 0.5).mean(), expected)
+    item[0] = 1e4
+    torch.testing.assert_close(losses.full_softmax(query, item, target, 0.5).mean(), expected)
+
+
+def test_all_items_shared_as_negatives_are_the_full_softmax() -> None:
+    query, item, target = softmax_case()
+    expected = losses.full_softmax(query, item, target, 0.5)
+    found = losses.shared_softmax(query, item, target, 0.5, negatives=10)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_drawn_target_is_no_negative() -> None:
+    query, item, target = softmax_case()
+    two = item[:2]  # the only item that can be drawn is the target of every row
+    found = losses.sampled_softmax(query, two, torch.ones_like(target), 1.0, negatives=6)
+    torch.testing.assert_close(found, torch.zeros(5))
+
+
+def test_in_batch_negatives_are_corrected_and_never_the_target() -> None:
+    query, item, target = softmax_case()
+    frequency = torch.randn(11)
+    logits = query @ item[target].T / 0.5 - frequency[target]
+    logits[1, 2] = logits[2, 1] = -torch.inf  # the same item
+    expected = F.cross_entropy(logits, torch.arange(5), reduction="none")
+    found = losses.in_batch_softmax(query, item, target, 0.5, frequency)
+    torch.testing.assert_close(found, expected)
+
+
+def test_unobserved_labels_give_no_gradient() -> None:
+    logits = torch.zeros(3, 1, 2, requires_grad=True)
+    label = torch.tensor([[[1.0, torch.nan]], [[0.0, torch.nan]], [[torch.nan, 1.0]]])
+    loss = losses.multi_task_bce(logits, label)
+    loss.backward()
+    assert loss.item() == pytest.approx(2 * np.log(2))
+    assert logits.grad is not None
+    assert (logits.grad[:, 0] == 0).tolist() == [
+        [False, True],
+        [False, True],
+        [True, False],
+    ]
+    everything = losses.multi_task_bce(logits, torch.full_like(logits, torch.nan))
+    assert everything.item() == 0
+
+
+# ── What is trained on ────────────────────────────────────────────────────────────────────────
+
+
+def test_windows_cover_every_training_target_once() -> None:
+    task = retrieval_task()
+    objective = task.objective("hstu")
+    for epoch in range(5):
+        batches = objective.epoch(np.random.default_rng([0, epoch]))
+        windows = np.concatenate(batches)
+        assert (windows[:, 1] - windows[:, 0] <= task.schema.max_history).all()
+        targets = [row for start, end in windows for row in range(start + 1, end + 1)]
+        first = task.data.start_N == np.arange(len(task.data))
+        assert sorted(targets) == np.flatnonzero(task.split.train_N & ~first).tolist()
+    assert not set(targets) & {*task.split.validation.row_C, *task.split.test.row_C}
+
+
+def test_a_training_window_gives_what_serving_gives() -> None:
+    task = retrieval_task(dropout=0.0)
+    model = task.new_model("hstu", 0).eval()
+    row = int(task.split.test.row_C[0])
+    start = row - 6
+    window = task.encoder.batch(Cases(np.array([row]), np.array([start]), np.array([row])))
+    part = task.encoder.batch(Cases(np.array([row - 2]), np.array([start]), np.array([row - 2])))
+    names = (
+        "history_items",
+        "history_timestamps",
+        "history_lengths",
+        "request_time",
+        "history_signals",
+    )
+    whole = model.encode_all(**{name: window[name] for name in names})
+    served = model(**{name: part[name] for name in names})
+    # Position i of a training window is a request at the time of row i + 1.
+    torch.testing.assert_close(whole[:, 3], served)
+
+
+def test_long_histories_are_cut_as_in_serving() -> None:
+    task = retrieval_task()
+    data, encoder = task.data, task.encoder
+    row = 11
+    arrays = encoder.encode(0, row, int(data.timestamp_ms_N[row]))
+    history, indices, _ = task.schema.history(encoder.history(0, row), task.catalogue)
+    assert len(indices) == 7  # 11 behaviours lose 4, in steps of 2, to be at most 8
+    np.testing.assert_array_equal(arrays["history_items"], indices)
+    np.testing.assert_array_equal(arrays["history_items"], data.item_N[4:11])
+    assert len(history) == 7
+
+
+def test_very_long_histories_are_cut_the_same_without_being_encoded_whole() -> None:
+    length = 100
+    data = cyclic(users=2, length=length)
+    schema = FeatureSchema(max_history=8, truncate_step=3)
+    catalogue = catalogue_of(data)
+    encoder = HistoryEncoder(data, schema, catalogue)
+    for end in range(1, length):
+        whole = schema.history(encoder.history(0, end), catalogue)[1]
+        np.testing.assert_array_equal(encoder.encode(0, end, 0)["history_items"], whole)
+
+
+def test_stack_pads_on_the_right() -> None:
+    batch = stack(
+        [
+            {"a": np.array([1, 2]), "n": np.array(2)},
+            {"a": np.array([3]), "n": np.array(1)},
+        ]
+    )
+    assert batch["a"].tolist() == [[1, 2], [3, 0]]
+    assert batch["n"].tolist() == [2, 1]
+
+
+def timed(rows: list[tuple[int, int, int, float, bool]]) -> Interactions:
+    user, item, time, label, is_timed = zip(*rows, strict=True)
+    return Interactions.sort(
+        Interactions(
+            name="kuairand-pure",
+            user_N=np.array(user),
+            item_N=np.array(item),
+            timestamp_ms_N=np.array(time),
+            users=Table(("1", "2")),
+            items=Table(("1", "2", "3")),
+            signals={"is_long_view": np.float32(label), "is_liked": np.float32(label)},
+            timed_N=np.array(is_timed),
+        )
+    )
+
+
+def test_earlier_rates_never_see_a_timed_event() -> None:
+    rows = [(1, 1, 10, 1.0, False), (1, 2, 10, 0.0, False), (1, 1, 90, 0.0, True)]
+    features = settings.with_earlier_rates(timed(rows)).items.features
+    changed = settings.with_earlier_rates(
+        timed([*rows[:2], (1, 1, 90, 1.0, True), (2, 3, 95, 1.0, True)])
+    ).items.features
+    for name in ("earlier_impressions", "earlier_long_view_rate", "earlier_like_rate"):
+        np.testing.assert_array_equal(features[name], changed[name])
+    np.testing.assert_allclose(
+        features["earlier_long_view_rate"], [(1 + 10) / 21, (0 + 10) / 21, 0.5]
+    )
+
+
+def test_returning_is_known_for_timed_events_before_the_last_day() -> None:
+    start = settings.KUAIRAND_TEST_MS  # midnight in Beijing
+    rows = [
+        (1, 1, start - 5, 0.0, False),
+        (1, 1, start + 1, 0.0, True),
+        (1, 2, start + DAY_MS, 0.0, True),
+        (1, 3, start + 2 * DAY_MS + 9, 0.0, True),
+        (2, 1, start + 7, 0.0, True),
+    ]
+    found = settings.returns_next_day(timed(rows))
+    np.testing.assert_array_equal(found, [np.nan, 1, 1, np.nan, 0])
+
+
+def test_training_labels_hide_what_is_not_known_yet() -> None:
+    start = settings.KUAIRAND_VALIDATION_MS
+    rows = [
+        (1, 1, start - 2 * DAY_MS, 0.0, True),
+        (1, 2, start - 5, 1.0, True),
+        (1, 3, start + 5, 0.0, True),
+        (1, 1, settings.KUAIRAND_TEST_MS + 5, 1.0, True),
+        (2, 1, start - 9, 0.0, False),
+    ]
+    task = RankingTask(timed(rows), settings.RankingSettings(heads={"stay": "returns_next_day"}))
+    assert task.train_cases.row_C.tolist() == [0, 1]
+    label = task.training_labels()[task.train_cases.row_C, 0]
+    np.testing.assert_array_equal(label, [1, np.nan])
+    assert task.label_NH[1, 0] == 1
