@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from gr_core.contracts import (
     TorchModel,
 )
 from gr_core.errors import PlanError, Unavailable
+from gr_core.samples import for_task, sample_requests
 from gr_core.types import Task
 from gr_hstu.models import MTGR, HSTURanking, score_in_chunks
 
@@ -60,19 +60,11 @@ class TorchEngine:
         self._model = model
 
     def warm_up(self) -> None:
-        """Runs each task with an empty and with a full history."""
+        """Runs each task with histories from none to long, as the model itself encodes them."""
         assert self._model is not None
-        for task in self._modules:
-            specs = self._model.inputs(task)
-            for length in (1, 256):
-                arrays = {
-                    spec.name: np.zeros(
-                        [axis if isinstance(axis, int) else length for axis in spec.axes],
-                        spec.dtype,
-                    )
-                    for spec in specs
-                }
-                self.infer([EncodedRequest(task, arrays, tokens=length, k=1)])
+        for request in sample_requests(self._model, 3):
+            for task in self._modules:
+                self.infer([self._model.encode(for_task(request, task), task).request])
 
     @torch.inference_mode()
     def infer(self, batch: Sequence[EncodedRequest]) -> Sequence[InferenceResult]:
