@@ -14,8 +14,9 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,11 @@ class Reader:
         self._background: list[subprocess.Popen[str]] = []
         self._python = ""
         (folder / "examples").symlink_to(ROOT / "examples")
-        (folder / "interactions.csv").write_text(INTERACTIONS)
+        (folder / "scripts").symlink_to(ROOT / "scripts")
+        (folder / "interactions.csv").write_text(to_csv(WATCHED, ["user_id", "item_id", "title"]))
+        (folder / "videos").mkdir()
+        columns = ["user_id", "item_id", "timestamp_ms", "watch_percentage"]
+        (folder / "videos" / "interactions.csv").write_text(to_csv(WATCHED, columns))
 
     def read(self, block: Block) -> None:
         if block.kind == "console":
@@ -80,6 +85,8 @@ class Reader:
             assert process.stdout is not None
             assert process.stdout.readline().startswith("serving on"), command
         else:
+            if command.startswith("gr call"):
+                command += f" --target 127.0.0.1:{PORT}"
             self._check(["bash", "-c", command.replace(PORT, self._port)], expected)
 
     def _check(self, command: list[str], expected: str) -> None:
@@ -98,13 +105,24 @@ class Reader:
             assert process.wait(timeout=60) == 0
 
 
-START_MS = 1_700_000_000_000
-INTERACTIONS = "user_id,item_id,timestamp_ms,title\n" + "".join(
-    f"{user},{item},{START_MS + 60_000 * step},Video {item}\n"
+WATCHED = [
+    {
+        "user_id": user,
+        "item_id": item,
+        "timestamp_ms": 1_700_000_000_000 + 60_000 * step,
+        "watch_percentage": (user + item) % 5 / 4,
+        "title": f"Video {item}",
+    }
     for user in range(40)
     for step, item in enumerate((user * 7 + step * (1 + user % 3)) % 30 for step in range(12))
-)
+]
 """What pages call interactions.csv: 40 users who watched 12 of 30 videos each."""
+
+
+def to_csv(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> str:
+    return "".join(
+        ",".join(map(str, row)) + "\n" for row in [columns, *map(itemgetter(*columns), rows)]
+    )
 
 
 @pytest.mark.parametrize("page", PAGES)
