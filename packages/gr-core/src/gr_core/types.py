@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -96,9 +97,10 @@ class Candidates:
 
 
 def item_id_array(ids: Sequence[ItemId]) -> ItemIds:
-    """Item ids as an array of shape (n,): int64 if all are integers, else objects of str."""
+    """Item ids as an array of shape (n,): int64 if all are such integers, else objects of str."""
     if all(type(i) is int for i in ids):
-        return np.array(ids, np.int64)
+        with suppress(OverflowError):
+            return np.array(ids, np.int64)
     return np.array([str(i) for i in ids], object)
 
 

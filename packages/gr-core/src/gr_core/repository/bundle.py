@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from gr_core.errors import BundleError
 from gr_core.repository.catalogue import Catalogue
@@ -33,9 +34,14 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MAX_CONFIG_BYTES = 16 * 2**20
 
 
+def is_name(value: object) -> TypeGuard[str]:
+    """Whether a name or version is safe as a folder's name."""
+    return isinstance(value, str) and _NAME.fullmatch(value) is not None
+
+
 def check_name(kind: str, value: object) -> str:
-    """A name or version that is safe as a folder's name. Raises `BundleError`."""
-    if not isinstance(value, str) or not _NAME.fullmatch(value):
+    """The name or version itself. Raises `BundleError` for one that is not `is_name`."""
+    if not is_name(value):
         raise BundleError(
             f"{kind}: {value!r} is not a usable name; use letters, digits, '.', '_', '-', "
             "starting with a letter or digit, at most 128"
@@ -111,7 +117,7 @@ class Bundle:
             data = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise BundleError(f"{path}: not a bundle, it has no {CONFIG}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise BundleError(f"{file}: {error}") from error
         return _from_json(path, file, data)
 
@@ -134,18 +140,20 @@ def _from_json(path: Path, file: Path, data: Any) -> Bundle:
         tasks = tuple(Task(t) for t in get("tasks", list))
     except ValueError as error:
         raise BundleError(f"{file}: tasks: {error}, expected {[t.value for t in Task]}") from None
+    if not tasks:
+        raise BundleError(f"{file}: tasks: [], expected at least one of {[t.value for t in Task]}")
     source = data.get("source")
-    if source is not None:
-        try:
-            source = BundleSource(**source)
-        except TypeError as error:
-            raise BundleError(f"{file}: source: {error}") from None
+    head_weights = get("head_weights", dict, {})
+    for head, weight in head_weights.items():
+        if type(weight) not in (int, float) or not math.isfinite(weight):
+            raise BundleError(f"{file}: head_weights: {head}: {weight!r}, expected a number")
     files = get("files", dict, {})
     for name, facts in files.items():
         inside = Path(name)
         if inside.is_absolute() or ".." in inside.parts:
             raise BundleError(f"{file}: files: {name!r} lies outside the bundle")
-        if not isinstance(facts, dict) or not {"bytes", "sha256"} <= facts.keys():
+        found = facts if isinstance(facts, dict) else {}
+        if [type(found.get(key)) for key in ("bytes", "sha256")] != [int, str]:
             raise BundleError(f"{file}: files: {name}: expected bytes and sha256")
     return Bundle(
         path=path,
@@ -155,12 +163,24 @@ def _from_json(path: Path, file: Path, data: Any) -> Bundle:
         tasks=tasks,
         config=get("config", dict),
         features=get("features", dict, {}),
-        head_weights=get("head_weights", dict, {}),
+        head_weights=head_weights,
         description=get("description", str, ""),
         license=get("license", str, ""),
-        source=source,
+        source=None if source is None else _source(file, source),
         files=files,
     )
+
+
+def _source(file: Path, data: Any) -> BundleSource:
+    try:
+        source = BundleSource(**data)
+    except TypeError as error:
+        raise BundleError(f"{file}: source: {error}") from None
+    for name, kind in (("checkpoint", str), ("importer", str), ("options", dict)):
+        value = getattr(source, name)
+        if not isinstance(value, kind):
+            raise BundleError(f"{file}: source: {name}: {value!r}, expected a {kind.__name__}")
+    return source
 
 
 def write_bundle(
@@ -189,7 +209,8 @@ def write_bundle(
     """
     check_name("name", name)
     check_name("version", version)
-    if out_dir.exists() and not overwrite and any(out_dir.iterdir()):
+    taken = any(out_dir.iterdir()) if out_dir.is_dir() else out_dir.exists()
+    if taken and not overwrite:
         raise BundleError(f"{out_dir}: exists; choose another folder, or say --overwrite")
     with atomic_folder(out_dir) as partial:
         weights(partial / WEIGHTS)

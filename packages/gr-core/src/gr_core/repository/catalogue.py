@@ -64,8 +64,10 @@ class Catalogue:
         if not self._integer:
             get = self._by_id.get
             return np.array([get(str(i), 0) for i in ids.tolist()], np.int64)
-        if ids.dtype.kind not in "iu":
-            ids = np.array([_integer_or_absent(i) for i in ids.tolist()], np.int64)
+        if not np.can_cast(ids.dtype, np.int64):
+            spelled = [_integer(i) for i in ids.tolist()]
+            found = self.indices_of(np.array([i or 0 for i in spelled], np.int64))
+            return np.where([i is not None for i in spelled], found, 0)
         if self._dense is not None:
             inside = (ids >= 0) & (ids < len(self._dense))
             indices: IntArray = self._dense[np.where(inside, ids, 0)]
@@ -93,33 +95,39 @@ class Catalogue:
 
     @staticmethod
     def read(path: Path) -> Catalogue:
+        """Raises `BundleError`, naming the line."""
         ids: list[ItemId] = []
         titles: list[str] = []
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    row = json.loads(line)
-                    item = row["id"]
-                    if type(item) not in (int, str):
-                        raise ValueError(f"id {item!r} is neither an integer nor a string")
-                    title = row.get("title", "")
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise BundleError(
-                        f"{path}, line {number}: expected an object with an id: {error}"
-                    ) from error
-                ids.append(item)
-                titles.append(str(title))
+        try:
+            with path.open(encoding="utf-8") as file:
+                for number, line in enumerate(file, start=1):
+                    item, title = _row(path, number, line)
+                    ids.append(item)
+                    titles.append(title)
+        except (OSError, UnicodeDecodeError) as error:
+            raise BundleError(f"{path}: {error}") from error
         return Catalogue(ids, titles if any(titles) else ())
 
 
-_ABSENT = np.iinfo(np.int64).min
+def _row(path: Path, number: int, line: str) -> tuple[ItemId, str]:
+    """Id and title of a line."""
+    try:
+        row = json.loads(line)
+        item = row["id"]
+        if type(item) not in (int, str):
+            raise ValueError(f"id {item!r} is neither an integer nor a string")
+        return item, str(row.get("title") or "")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(
+            f"{path}, line {number}: expected an object with an id: {error}"
+        ) from error
 
 
-def _integer_or_absent(item: Any) -> int:
-    """A string id as the integer that it spells, in its one canonical spelling, else `_ABSENT`."""
+def _integer(item: Any) -> int | None:
+    """An id as the 64-bit integer that it spells, in its one canonical spelling."""
     text = str(item)
     try:
         value = int(text)
     except ValueError:
-        return _ABSENT
-    return value if str(value) == text and abs(value) < 2**63 else _ABSENT
+        return None
+    return value if str(value) == text and -(2**63) <= value < 2**63 else None

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 from gr_core.errors import BundleError, NotFound
-from gr_core.repository.bundle import CONFIG, Bundle, check_name
+from gr_core.repository.bundle import CONFIG, Bundle, check_name, is_name
 
 ACTIVE = "active.json"
 """Beside the versions of a model; names the active and the previously active one."""
@@ -43,7 +43,8 @@ class ModelRepository:
             raise NotFound(f"model repository {self.path}: no such folder")
 
     def names(self) -> Sequence[str]:
-        return sorted(p.name for p in self.path.iterdir() if p.is_dir() and self._versions(p))
+        folders = [p for p in self.path.iterdir() if is_name(p.name) and p.is_dir()]
+        return sorted(p.name for p in folders if self._versions(p))
 
     def versions(self, name: str) -> Sequence[str]:
         """Versions of a model in natural order. Raises `NotFound`, listing the models."""
@@ -82,10 +83,13 @@ class ModelRepository:
 
     def activate(self, name: str, version: str) -> str:
         """Makes a complete version the active one, atomically, and returns the one before."""
-        before = self.active(name)
         self.bundle(name, version).check_files()
+        state = self._state(name)
+        before = state.get("active") or self.versions(name)[-1]
         if before != version:
             self._write_state(name, {"active": version, "previous": before})
+        elif "active" not in state:  # from now on because it was said, not because it is newest
+            self._write_state(name, {"active": version})
         return before
 
     def rollback(self, name: str) -> str:
@@ -103,7 +107,7 @@ class ModelRepository:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
-            raise BundleError(f"{file}: {error}") from error
+            raise BundleError(f"{file}: {error}; delete it, and the newest is active") from error
         if not isinstance(state, dict) or not all(isinstance(v, str) for v in state.values()):
             raise BundleError(f"{file}: expected an object of strings")
         return state
@@ -119,12 +123,8 @@ class ModelRepository:
 
     @staticmethod
     def _versions(folder: Path) -> list[str]:
-        found = [
-            p.name
-            for p in folder.iterdir()
-            if not p.name.startswith(".") and (p / CONFIG).is_file()
-        ]
-        return sorted(found, key=_natural)
+        found = [p.name for p in folder.iterdir() if is_name(p.name) and (p / CONFIG).is_file()]
+        return sorted(found, key=lambda version: (_natural(version), version))
 
 
 def _natural(text: str) -> list[tuple[int, str]]:
