@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gr_core.errors import Violation
-from gr_core.types import RecommendRequest
+from gr_core.types import ItemIds, RecommendRequest
 
 _FUTURE_MS = 24 * 3600 * 1000
 """Clocks differ; a time further ahead of ours than this is a mistake."""
@@ -43,6 +43,7 @@ def violations_of(request: RecommendRequest, limits: Limits) -> list[Violation]:
     n = len(history)
     if n > limits.max_history:
         found.append(Violation("history", f"{n} behaviours, expected at most {limits.max_history}"))
+    _check_ids(found, "history.item_ids", history.item_ids, limits)
     times = history.timestamps_ms
     if len(times) != n:
         found.append(
@@ -52,7 +53,7 @@ def violations_of(request: RecommendRequest, limits: Limits) -> list[Violation]:
         )
     wrong = np.flatnonzero((times < 0) | (times > now + _FUTURE_MS))
     _name_rows(
-        found, "history.timestamps_ms", wrong, times, "expected ms since 1970, not in the future"
+        found, "history.timestamps_ms", wrong, times, ", expected ms since 1970, not in the future"
     )
     _check_columns(found, "history.signals", history.signals, n, limits)
 
@@ -84,6 +85,7 @@ def violations_of(request: RecommendRequest, limits: Limits) -> list[Violation]:
                 Violation(field, f"{len(text)} characters, expected at most {limits.max_text}")
             )
     _check_count(found, "exclude_item_ids", len(request.exclude_item_ids), limits.max_history)
+    _check_ids(found, "exclude_item_ids", request.exclude_item_ids, limits)
     return found
 
 
@@ -93,6 +95,7 @@ def _check_candidates(found: list[Violation], request: RecommendRequest, limits:
     if len(ids) > limits.max_candidates:
         _check_count(found, "candidates", len(ids), limits.max_candidates)
         return
+    _check_ids(found, "candidates.item_ids", ids, limits)
     first_seen: dict[Any, int] = {}
     for row, item in enumerate(ids.tolist()):
         if first_seen.setdefault(item, row) != row:
@@ -106,6 +109,14 @@ def _check_candidates(found: list[Violation], request: RecommendRequest, limits:
             if len(found) >= _MAX_NAMED:
                 break
     _check_columns(found, "candidates.features", request.candidates.features, len(ids), limits)
+
+
+def _check_ids(found: list[Violation], field: str, ids: ItemIds, limits: Limits) -> None:
+    if ids.dtype.kind in "iu":
+        return
+    lengths = np.fromiter(map(len, map(str, ids.tolist())), np.int64, len(ids))
+    expected = f" characters, expected at most {limits.max_text}"
+    _name_rows(found, field, np.flatnonzero(lengths > limits.max_text), lengths, expected)
 
 
 def _check_columns(
@@ -122,7 +133,7 @@ def _check_columns(
         if len(column) != rows:
             found.append(Violation(path, f"{len(column)} values for {rows} rows, give one each"))
         _name_rows(
-            found, path, np.flatnonzero(np.isinf(column)), column, "expected a finite number"
+            found, path, np.flatnonzero(np.isinf(column)), column, ", expected a finite number"
         )
 
 
@@ -144,6 +155,6 @@ def _name_rows(
     expected: str,
 ) -> None:
     for row in rows[:_MAX_NAMED].tolist():
-        found.append(Violation(f"{field}[{row}]", f"{values[row]}, {expected}"))
+        found.append(Violation(f"{field}[{row}]", f"{values[row]}{expected}"))
     if len(rows) > _MAX_NAMED:
-        found.append(Violation(field, f"{len(rows)} rows like these, {expected}"))
+        found.append(Violation(field, f"{len(rows)} rows like these{expected}"))
