@@ -29,11 +29,12 @@ def materialize(
 ) -> Artifact:
     """The artifact that the plan's engine loads: the bundle itself, or exported step by step.
 
-    A step that was exported before, from the same bundle by the same exporter with the same
-    options, is not done again.
+    A step that was exported before, from the same bundle and weights by the same exporter with the
+    same options, is not done again.
     """
     artifact = Artifact(plan.format, model.bundle.path)
     key = hashlib.sha256((model.bundle.path / CONFIG).read_bytes())
+    key.update(repr(list(model.notes)).encode())  # say which of its sources the weights are from
     for descriptor in plan.exporters:
         key.update(_step(descriptor, options))
         out_dir = (

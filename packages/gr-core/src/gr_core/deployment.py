@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,16 +90,21 @@ class _SelfBatching:
         return self._in_flight
 
     async def infer(self, request: EncodedRequest, deadline: float | None) -> Batched:
+        started = time.monotonic()
+        if deadline is not None and deadline <= started:
+            self._on_drop("deadline")
+            raise DeadlineExceeded("the deadline passed before the engine was asked")
         if self._in_flight >= self._max_queue:
             self._on_drop("full")
             raise Overloaded(f"the engine has {self._in_flight} requests in flight", 0.1)
-        started = time.monotonic()
         self._in_flight += 1
+        limit = asyncio.timeout(None if deadline is None else deadline - started)
         try:
-            remaining = None if deadline is None else deadline - started
-            async with asyncio.timeout(remaining):
+            async with limit:
                 result = await self._engine.infer(request, deadline)
         except TimeoutError:
+            if not limit.expired():  # the engine's own
+                raise
             self._on_drop("deadline")
             raise DeadlineExceeded("the deadline passed in the engine") from None
         finally:
@@ -167,10 +173,11 @@ class Deployment:
         descriptor = environment.registry.models[bundle.architecture]
         model: Model = descriptor.resolve()(bundle)
         engines: dict[tuple[Any, ...], _Loaded] = {}
+        failed: dict[str, str] = {}
         by_task: dict[Task, _Loaded] = {}
         try:
             for task in model.tasks:
-                by_task[task] = _load_task(model, task, spec, environment, engines)
+                by_task[task] = _load_task(model, task, spec, environment, engines, failed)
         except BaseException:
             for entry in engines.values():
                 entry.runner.close()
@@ -195,13 +202,14 @@ class Deployment:
             batched = await entry.runner.infer(request, deadline)
         except GrError:
             raise
-        except Exception:
+        except Exception as error:
             health = entry.engine.health()
             if not health.ok:
-                raise Unavailable(f"engine {entry.plan.engine.name}: {health.reason}") from None
+                raise Unavailable(f"engine {entry.plan.engine.name}: {health.reason}") from error
             raise
         if self._results is not None:
-            self._results.put(key, batched.result, _size(batched.result), request.user_id)
+            kept = _owned(batched.result)
+            self._results.put(key, kept, _size(kept), request.user_id)
         return batched
 
     def _key(self, request: EncodedRequest) -> bytes:
@@ -258,8 +266,12 @@ def _load_task(
     spec: ModelSpec,
     environment: Environment,
     engines: dict[tuple[Any, ...], _Loaded],
+    failed: dict[str, str],
 ) -> _Loaded:
-    failed: dict[str, str] = {}
+    """The engine for a task: one of ``engines``, or a new one that is added to them.
+
+    Under ``auto`` an engine that fails to load is added to ``failed``, and the next best is taken.
+    """
     while True:
         chosen = plan(
             environment.registry,
@@ -298,10 +310,16 @@ def _load_task(
 
 
 def _load_engine(chosen: Plan, model: Model, spec: ModelSpec, environment: Environment) -> _Loaded:
+    """Raises whatever the exporters and the engine raise; leaves nothing behind if so."""
     descriptor = chosen.engine
     tasks = [task for task in model.tasks if task in descriptor.tasks]
     artifact = materialize(chosen, model, environment.artifacts, spec.options)
     engine: Engine | AsyncEngine = descriptor.resolve()()
+    if inspect.iscoroutinefunction(engine.infer) != descriptor.batches_itself:
+        raise PlanError(
+            f"engine {descriptor.name}: batches_itself is {descriptor.batches_itself}, "
+            f"which calls for {'an async' if descriptor.batches_itself else 'a blocking'} infer"
+        )
     options = EngineOptions(
         device=chosen.device,
         dtype=chosen.dtype,
@@ -340,8 +358,7 @@ def _load_engine(chosen: Plan, model: Model, spec: ModelSpec, environment: Envir
 
     runner: _Runner
     if descriptor.batches_itself:
-        if not isinstance(engine, AsyncEngine):
-            raise PlanError(f"engine {descriptor.name}: batches_itself, but its infer is not async")
+        assert isinstance(engine, AsyncEngine)
         runner = _SelfBatching(engine, environment.batching.max_queue, on_drop)
     else:
         assert isinstance(engine, Engine)
@@ -353,6 +370,12 @@ def _load_engine(chosen: Plan, model: Model, spec: ModelSpec, environment: Envir
             on_drop=on_drop,
         )
     return _Loaded(chosen, engine, runner)
+
+
+def _owned(result: InferenceResult) -> InferenceResult:
+    """A copy of a result, which may be a view of its whole batch's arrays."""
+    indices = None if result.indices is None else result.indices.copy()
+    return InferenceResult(result.scores.copy(), indices)
 
 
 def _reused(result: InferenceResult, tokens: int) -> InferenceResult:
