@@ -17,7 +17,8 @@ def test_the_files_quoted_are_those_of_the_example():
 
 
 def test_nothing_that_the_plugin_needs_is_left_out():
-    needed = {"pyproject.toml", *(f"src/gr_popularity/{file.name}" for file in SOURCES)}
+    needed = {"pyproject.toml", "tests/test_conformance.py"}
+    needed |= {f"src/gr_popularity/{file.name}" for file in SOURCES}
     assert needed <= QUOTES.keys()
 
 

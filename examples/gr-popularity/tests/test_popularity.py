@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -96,12 +94,3 @@ def test_fit_says_what_is_wrong_with_the_file(tmp_path: Path, text: str, message
     command = ["fit", str(file), "--out", str(tmp_path / "popular" / "1")]
     with pytest.raises(UserError, match=message):
         CliRunner().invoke(cli, command, catch_exceptions=False)
-
-
-def test_the_plugin_module_imports_neither_torch_nor_its_own_factories():
-    code = (
-        "import sys, gr_popularity.plugin;"
-        "print([m for m in ('torch', 'grpc', 'gr_popularity.model') if m in sys.modules])"
-    )
-    command = [sys.executable, "-c", code]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -14,6 +14,7 @@ from gr_core.contracts import (
     InferenceResult,
     Model,
 )
+from gr_core.errors import PlanError, Unavailable
 from gr_core.types import FloatArray, IntArray, Task
 from gr_popularity.model import PopularityModel
 
@@ -29,6 +30,8 @@ class PopularityEngine:
         self, artifact: Artifact, model: Model, tasks: Sequence[Task], options: EngineOptions
     ) -> None:
         assert isinstance(model, PopularityModel)
+        if options.extra:
+            raise PlanError(f"engine popularity: unknown option {sorted(options.extra)[0]!r}")
         self._shares = model.shares
         self._best = np.argsort(-model.shares[1:], kind="stable") + 1
 
@@ -36,7 +39,8 @@ class PopularityEngine:
         """Nothing is compiled or cached."""
 
     def infer(self, batch: Sequence[EncodedRequest]) -> Sequence[InferenceResult]:
-        assert self._shares is not None, "load comes first"
+        if self._shares is None:
+            raise Unavailable("engine popularity is closed")
         return [self._infer(request, self._shares) for request in batch]
 
     def _infer(self, request: EncodedRequest, shares: FloatArray) -> InferenceResult:
