@@ -21,8 +21,8 @@ from gr_core.samples import for_task, sample_requests
 from gr_core.types import FloatArray, IntArray, Task
 
 TOLERANCE = {"float32": 1e-4, "float16": 0.025, "bfloat16": 0.1, "int8": 0.2}
-"""Allowed difference of a score, as a part of the largest magnitude of the request's scores: for the
-16-bit formats 25 units of their rounding, which every layer of a model adds to."""
+"""Allowed difference of a score, as a part of the largest magnitude of the request's scores. For
+16-bit formats it is 25 units of their rounding, which every layer of a model adds to."""
 
 REFERENCE = "torch"
 BATCH = 8
