@@ -145,9 +145,7 @@ def test_an_explicit_strategy_raises_what_went_wrong(repository: ModelRepository
         )
     assert (lab.loads, better.alive) == (0, 0)
     with pytest.raises(PlanError, match="tensorrt"):
-        Deployment.load(
-            repository.bundle("mean"), ModelSpec("mean", strategy="tensorrt"), environment(lab=lab)
-        )
+        Deployment.load(bundle, ModelSpec("mean", strategy="tensorrt"), env)
 
 
 def test_when_every_engine_fails_each_reason_is_told(repository: ModelRepository, lab: Lab) -> None:
@@ -160,7 +158,7 @@ def test_when_every_engine_fails_each_reason_is_told(repository: ModelRepository
         return raising
 
     lab.break_load, better.break_load = fail("numpy"), fail("cuda")
-    with pytest.raises(PlanError, match="(?s)no cuda here.*no numpy here"):
+    with pytest.raises(PlanError, match=r"(?s)no cuda here.*no numpy here"):
         Deployment.load(repository.bundle("mean"), SPEC, two_engines(lab, better))
 
 

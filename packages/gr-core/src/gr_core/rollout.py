@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 
 from gr_core.contracts import Health
 from gr_core.deployment import Deployment, Environment, ModelSpec
-from gr_core.errors import ConfigurationError, GrError, NotFound, Unavailable
+from gr_core.errors import BundleError, ConfigurationError, GrError, NotFound, Unavailable
 from gr_core.observers import LoadEvent
-from gr_core.repository import ModelRepository
+from gr_core.repository import Bundle, ModelRepository
+from gr_core.types import Task
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,11 @@ class _Slot:
     spec: ModelSpec
     active: str = ""
     versions: dict[str, Deployment] = field(default_factory=dict)
-    refused: str = ""
-    """The version that was last refused; it is not tried again until another one is activated."""
+    refused: tuple[str, int] = ("", 0)
+    """The version that was last refused and when its files were last changed: it is not tried again
+    before it changes or another one is activated."""
+    warned: str = ""
+    """What was last said of the repository, so that it is not said at every look."""
 
 
 class Rollout:
@@ -62,6 +66,7 @@ class Rollout:
                 for version in slot.spec.versions or (active,):
                     slot.versions[version] = await self._load(slot.spec, version)
                 slot.active = active if active in slot.versions else slot.spec.versions[-1]
+                _check_alike(slot)
         except BaseException:
             await self.close()
             raise
@@ -119,25 +124,36 @@ class Rollout:
     async def follow(self) -> None:
         """Loads and swaps in what the repository says is active and is not yet."""
         for slot in self._slots.values():
-            name = slot.spec.name
             try:
-                wanted = await asyncio.to_thread(self._repository.active, name)
+                await self._follow(slot)
             except GrError as error:
-                logger.warning("%s: keeping version %s: %s", name, slot.active, error)
-                continue
-            if wanted == slot.active:
-                slot.refused = ""
-                continue
-            if wanted in slot.versions:
-                slot.active = wanted
-            elif wanted != slot.refused:
+                _warn(slot, f"version {slot.active} stays: {error}")
+
+    async def _follow(self, slot: _Slot) -> None:
+        name = slot.spec.name
+        wanted = await asyncio.to_thread(self._repository.active, name)
+        if wanted == slot.active:
+            slot.refused, slot.warned = ("", 0), ""
+        elif wanted in slot.versions:
+            logger.info("%s: version %s is active instead of %s", name, wanted, slot.active)
+            slot.active = wanted
+        elif slot.spec.versions:
+            _warn(
+                slot,
+                f"version {slot.active} stays: version {wanted} was activated, but only "
+                f"{', '.join(slot.spec.versions)} are to be served",
+            )
+        else:
+            changed = await asyncio.to_thread(self._repository.changed, name, wanted)
+            if slot.refused != (wanted, changed):
+                slot.refused = (wanted, changed)  # unless it can be loaded
                 await self._swap(slot, wanted)
 
     async def _swap(self, slot: _Slot, wanted: str) -> None:
+        old = slot.versions[slot.active]
         try:
-            new = await self._load(slot.spec, wanted)
+            new = await self._load(slot.spec, wanted, needed=old.tasks)
         except Exception as error:
-            slot.refused = wanted
             logger.log(
                 logging.WARNING,
                 "%s: version %s refused, version %s stays: %s",
@@ -148,19 +164,23 @@ class Rollout:
                 exc_info=not isinstance(error, GrError),
             )
             return
-        before = slot.active
-        slot.versions[wanted] = new
+        slot.versions = {wanted: new}
         slot.active = wanted
-        logger.info("%s: version %s took the place of %s", slot.spec.name, wanted, before)
-        if before not in slot.spec.versions:
-            self._retire(slot.versions.pop(before))
+        slot.refused = ("", 0)
+        logger.info("%s: version %s took the place of %s", slot.spec.name, wanted, old.version)
+        self._retire(old)
 
-    async def _load(self, spec: ModelSpec, version: str) -> Deployment:
+    async def _load(self, spec: ModelSpec, version: str, needed: Sequence[Task] = ()) -> Deployment:
+        """Loads a version on a thread. Raises `BundleError` if it lacks one of the tasks needed."""
         started = time.monotonic()
         notify = self._environment.observers.notify
         try:
             bundle = await asyncio.to_thread(self._repository.bundle, spec.name, version)
-            deployment = await asyncio.to_thread(Deployment.load, bundle, spec, self._environment)
+            if missing := [task for task in needed if task not in bundle.tasks]:
+                raise BundleError(
+                    f"{bundle.path}: tasks: it cannot {missing[0]}, which requests rely on"
+                )
+            deployment = await self._load_on_thread(bundle, spec)
         except Exception as error:
             seconds = time.monotonic() - started
             notify(LoadEvent(spec.name, version, "refused", seconds, str(error)))
@@ -168,9 +188,24 @@ class Rollout:
         notify(LoadEvent(spec.name, version, "ready", time.monotonic() - started))
         return deployment
 
+    async def _load_on_thread(self, bundle: Bundle, spec: ModelSpec) -> Deployment:
+        loading = asyncio.create_task(
+            asyncio.to_thread(Deployment.load, bundle, spec, self._environment)
+        )
+        try:
+            return await asyncio.shield(loading)
+        except asyncio.CancelledError:
+            # A thread cannot be cancelled: what it still makes is freed.
+            with contextlib.suppress(Exception):
+                await asyncio.to_thread((await loading).close)
+            raise
+
     def _retire(self, deployment: Deployment) -> None:
         async def retire() -> None:
-            await deployment.retire()
+            try:
+                await deployment.retire()
+            except Exception:
+                logger.exception("%s/%s failed to close", deployment.name, deployment.version)
             self._environment.observers.notify(
                 LoadEvent(deployment.name, deployment.version, "unloaded")
             )
@@ -186,3 +221,19 @@ class Rollout:
                 await self.follow()
             except Exception:
                 logger.exception("following the repository failed, trying again")
+
+
+def _check_alike(slot: _Slot) -> None:
+    """Requests may name any of the versions, for whatever the model is said to do."""
+    tasks = {version: sorted(d.tasks) for version, d in slot.versions.items()}
+    if any(can != tasks[slot.active] for can in tasks.values()):
+        listing = "; ".join(f"{version} can {', '.join(can)}" for version, can in tasks.items())
+        raise ConfigurationError(
+            f"models: {slot.spec.name}: versions: they must have the same tasks, but {listing}"
+        )
+
+
+def _warn(slot: _Slot, text: str) -> None:
+    if slot.warned != text:
+        slot.warned = text
+        logger.warning("%s: %s", slot.spec.name, text)

@@ -81,6 +81,10 @@ class ModelRepository:
             )
         return bundle
 
+    def changed(self, name: str, version: str) -> int:
+        """When the files of a version were last changed, in ns since the Unix epoch."""
+        return max(p.stat().st_mtime_ns for p in (self.path / name / version).rglob("*"))
+
     def activate(self, name: str, version: str) -> str:
         """Makes a complete version the active one, atomically, and returns the one before."""
         self.bundle(name, version).check_files()
