@@ -44,12 +44,14 @@ SOURCES = ("packages", "examples", "tests", "scripts", "benchmarks", "noxfile.py
 NO_GPU = ("-m", "not gpu")
 QUICK = ("-m", "not gpu and not slow")
 IMPORT_ALL = """
-import importlib, pkgutil, sys
-package = importlib.import_module(sys.argv[1])
-for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-    if not module.name.endswith((".testing", ".__main__")):
-        importlib.import_module(module.name)
+from gr_core.plugins.host import PluginHost
+host = PluginHost.discover()
+for info in host.plugins():
+    assert info.status == "ok", info
+for offer in host.registry.offers:
+    offer.descriptor.resolve()
 """
+"""Imports all that is offered."""
 
 
 # ── What a change must pass ───────────────────────────────────────────────────────────────────
@@ -102,7 +104,7 @@ def isolated(session: nox.Session, package: str) -> None:
     session.install("-c", str(CONSTRAINTS), *wheels)
     # Before the test tools, whose dependencies could hide one that the wheel forgot.
     session.run("python", "-m", "pip", "check", silent=True)
-    session.run("python", "-c", IMPORT_ALL, package.replace("-", "_"))
+    session.run("python", "-c", IMPORT_ALL)
     session.install("-c", str(CONSTRAINTS), *wheels, *test_requirements([package]))
     session.run("python", "-m", "pytest", f"{FOLDERS[package]}/tests", *QUICK, *session.posargs)
 
