@@ -17,10 +17,9 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 from google.rpc.status_pb2 import Status  # type: ignore[import-untyped]
@@ -57,8 +56,9 @@ class Call:
     request_id: str = ""
 
 
-Unary: TypeAlias = Callable[[bytes, Call], Awaitable[bytes]]
-Stream: TypeAlias = Callable[[Call], Awaitable[None]]
+Unary: TypeAlias = Callable[[bytes, Call], Coroutine[Any, Any, bytes]]
+Stream: TypeAlias = Callable[[Call], Coroutine[Any, Any, None]]
+T = TypeVar("T")
 
 
 class RequestIds:
@@ -90,6 +90,29 @@ class RequestIds:
         return None
 
 
+class Admission:
+    """``with admission:`` counts a request in work. Raises `Overloaded` if there are too many."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._in_work = 0
+        self._usual_s = 0.05
+
+    def __enter__(self) -> None:
+        if self._in_work >= self._limit:
+            raise Overloaded(
+                f"{self._in_work} requests are in work, which is the limit", self._usual_s
+            )
+        self._in_work += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._in_work -= 1
+
+    def took(self, seconds: float) -> None:
+        """Learns how long requests take, which is when the refused ones should come back."""
+        self._usual_s += 0.05 * (seconds - self._usual_s)
+
+
 class Calls:
     """Wraps methods and remembers what is in work."""
 
@@ -97,11 +120,10 @@ class Calls:
         self.ids = RequestIds()
         self._settings = settings
         self._metrics = metrics
-        self._in_work = 0
+        self.admission = Admission(settings.max_concurrent_requests)
         self._open = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._usual_seconds = 0.05
 
     async def idle(self) -> None:
         """Returns when no call is open."""
@@ -111,24 +133,15 @@ class Calls:
         """A handler of raw bytes for a unary method."""
         metrics = self._call_metrics(service, method, "unary")
 
+        async def admitted(data: bytes, this: Call) -> bytes:
+            with self.admission:
+                answer = await handle(data, this)
+            self.admission.took(time.perf_counter() - this.started)
+            return answer
+
         async def call(data: bytes, context: Context) -> bytes:
             this = self._enter(context, method, metrics)
-            status: Status | None = None
-            code = Code.CANCELLED
-            try:
-                with self.admitted():
-                    answer = await handle(data, this)
-                code = Code.OK
-                return answer
-            except Exception as error:
-                code, status = self.failure(error, this)
-            except asyncio.CancelledError:
-                code = self._code_of_cancellation(this)
-                raise
-            finally:
-                self._leave(this, code, metrics)
-            await context.abort_with_status(rpc_status.to_status(status))
-            raise AssertionError
+            return await self._around(this, metrics, admitted(data, this))
 
         return grpc.unary_unary_rpc_method_handler(call)
 
@@ -138,22 +151,28 @@ class Calls:
 
         async def call(_: Any, context: Context) -> None:
             this = self._enter(context, method, metrics)
-            status: Status | None = None
-            code = Code.CANCELLED
-            try:
-                await handle(this)
-                code = Code.OK
-                return
-            except Exception as error:
-                code, status = self.failure(error, this)
-            except asyncio.CancelledError:
-                code = self._code_of_cancellation(this)
-                raise
-            finally:
-                self._leave(this, code, metrics)
-            await context.abort_with_status(rpc_status.to_status(status))
+            await self._around(this, metrics, handle(this))
 
         return grpc.stream_stream_rpc_method_handler(call)
+
+    async def _around(
+        self, call: Call, metrics: CallMetrics | None, work: Coroutine[Any, Any, T]
+    ) -> T:
+        code = Code.CANCELLED
+        try:
+            result = await work
+            code = Code.OK
+            return result
+        except Exception as error:
+            code, status = self.failure(error, call)
+        except asyncio.CancelledError:
+            if time.monotonic() >= call.deadline:
+                code = Code.DEADLINE_EXCEEDED
+            raise
+        finally:
+            self._leave(call, code, metrics)
+        await call.context.abort_with_status(rpc_status.to_status(status))
+        raise AssertionError
 
     def _call_metrics(self, service: str, method: str, kind: str) -> CallMetrics | None:
         if self._metrics is None:
@@ -187,21 +206,6 @@ class Calls:
                 },
             )  # fmt: skip
 
-    @contextmanager
-    def admitted(self) -> Any:
-        """Counts a request in work. Raises `Overloaded` if there are too many."""
-        if self._in_work >= self._settings.max_concurrent_requests:
-            raise Overloaded(
-                f"{self._in_work} requests are in work, which is the limit", self._usual_seconds
-            )
-        self._in_work += 1
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self._in_work -= 1
-            self._usual_seconds += 0.05 * (time.monotonic() - started - self._usual_seconds)
-
     def failure(self, error: Exception, call: Call) -> tuple[grpc.StatusCode, Status]:
         """Code and status of a request that failed. Logs what is nobody's mistake but ours."""
         request_id = call.request_id or self.ids.make()
@@ -213,11 +217,6 @@ class Calls:
                 extra={"method": call.method, "code": code.name, "request_id": request_id},
             )  # fmt: skip
         return code, status_of(error, request_id)
-
-    @staticmethod
-    def _code_of_cancellation(call: Call) -> grpc.StatusCode:
-        late = time.monotonic() >= call.deadline
-        return Code.DEADLINE_EXCEEDED if late else Code.CANCELLED
 
 
 class Gate(grpc.GenericRpcHandler):  # type: ignore[type-arg]

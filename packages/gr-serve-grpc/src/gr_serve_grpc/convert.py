@@ -7,7 +7,7 @@ name fields as columns are named, in whichever form a history came (see History 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -296,50 +296,41 @@ def _fill_features(message: Any, features: Features) -> None:
 
 
 def message_from_recommendation(answer: Recommendation) -> pb.RecommendResponse:
-    heads = tuple(answer.items[0].head_scores) if answer.items else ()
-    return pb.RecommendResponse(
+    """The answer as a message, filled field by field, which is the quickest way with protobuf."""
+    message = pb.RecommendResponse(
         request_id=answer.request_id,
-        items=_item_messages(answer.items, heads),
-        heads=heads,
-        stages=[
-            pb.StageReport(
-                task=TASK_NUMBERS[stage.task],
-                model=stage.model,
-                version=stage.version,
-                engine=stage.engine,
-                queue_seconds=stage.queue_s,
-                compute_seconds=stage.compute_s,
-                batch_size=stage.batch_size,
-                tokens=stage.tokens,
-                tokens_reused=stage.tokens_reused,
-            )
-            for stage in answer.stages
-        ],
         features_seconds=answer.features_s,
         total_seconds=answer.total_s,
         unknown_items=answer.unknown_items,
-        unscored_item_ids=_unscored(answer.unscored_item_ids),
     )
-
-
-def _item_messages(items: Sequence[RankedItem], heads: tuple[str, ...]) -> Iterator[pb.RankedItem]:
-    for item in items:
-        item_id = item.item_id
-        yield pb.RankedItem(
-            item_id=types_pb.ItemId(text=item_id)
-            if isinstance(item_id, str)
-            else types_pb.ItemId(integer=item_id),
-            score=item.score,
-            head_scores=[item.head_scores[head] for head in heads],
-            title=item.title,
+    heads = tuple(answer.items[0].head_scores) if answer.items else ()
+    message.heads.extend(heads)
+    add = message.items.add
+    for item in answer.items:
+        to = add()
+        if isinstance(item.item_id, str):
+            to.item_id.text = item.item_id
+        else:
+            to.item_id.integer = item.item_id
+        to.score = item.score
+        if heads:
+            to.head_scores.extend([item.head_scores[head] for head in heads])
+        if item.title:
+            to.title = item.title
+    for stage in answer.stages:
+        message.stages.add(
+            task=TASK_NUMBERS[stage.task],
+            model=stage.model,
+            version=stage.version,
+            engine=stage.engine,
+            queue_seconds=stage.queue_s,
+            compute_seconds=stage.compute_s,
+            batch_size=stage.batch_size,
+            tokens=stage.tokens,
+            tokens_reused=stage.tokens_reused,
         )
-
-
-def _unscored(ids: Sequence[ItemId]) -> types_pb.ItemIds | None:
-    if not len(ids):
-        return None
-    message = types_pb.ItemIds()
-    _fill_ids(message, item_id_array(list(ids)))
+    if len(answer.unscored_item_ids):
+        _fill_ids(message.unscored_item_ids, item_id_array(list(answer.unscored_item_ids)))
     return message
 
 

@@ -135,7 +135,7 @@ class RecommenderMethods:
     ) -> pb.RecommendStreamResponse:
         mine: set[str] = set()
         try:
-            with self._calls.admitted():
+            with self._calls.admission:
                 request = await self._read(self._parse_streamed, data, call)
                 if request.request_id in unanswered:
                     problem = "belongs to an unanswered request of this stream"
@@ -145,6 +145,7 @@ class RecommenderMethods:
                 # The transport cancels unary calls at their deadline; these are cancelled here.
                 async with asyncio.timeout(call.deadline - time.monotonic()):
                     answer = await self._pipeline.recommend(request)
+            self._calls.admission.took(time.perf_counter() - call.started)
             response = message_from_recommendation(answer)
             return pb.RecommendStreamResponse(request_id=call.request_id, response=response)
         except Exception as error:
