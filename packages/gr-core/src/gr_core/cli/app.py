@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 import traceback
-from functools import cached_property
 from typing import Any, ClassVar
 
 import click
@@ -16,12 +15,15 @@ from gr_core.builtins import COMMANDS
 from gr_core.errors import GrError, InvalidRequest, PluginError, UserError
 from gr_core.plugins.descriptors import CommandDescriptor
 from gr_core.plugins.host import PluginHost
-from gr_core.plugins.registry import did_you_mean
+from gr_core.plugins.registry import Registry, did_you_mean
 
 logger = logging.getLogger(__name__)
 
 MISTAKE, FAULT, INTERRUPTED = 2, 1, 130
 """Exit codes: of the user's mistakes, of our faults, of Ctrl-C."""
+
+_REGISTRY = "gr_core.registry"
+"""Where the registry is kept in click's context."""
 
 
 class Commands(click.Group):
@@ -29,21 +31,24 @@ class Commands(click.Group):
 
     _builtin: ClassVar = {command.name: command for command in COMMANDS}
 
-    @cached_property
-    def _host(self) -> PluginHost:
-        # What failed is listed below the commands, or in the error of the command that is missing.
-        logging.getLogger("gr_core.plugins").setLevel(logging.CRITICAL)
-        return PluginHost.discover()
+    def _registry(self, ctx: click.Context) -> Registry:
+        """What the plugins offer, discovered once in a run."""
+        if _REGISTRY not in ctx.meta:
+            # What failed is listed below the commands, or where a command is missing.
+            logging.getLogger("gr_core.plugins").setLevel(logging.CRITICAL)
+            ctx.meta[_REGISTRY] = PluginHost.discover().registry
+        registry: Registry = ctx.meta[_REGISTRY]
+        return registry
 
-    def _plugin_commands(self) -> dict[str, CommandDescriptor]:
-        declared = self._host.registry.commands.declared()
+    def _plugin_commands(self, ctx: click.Context) -> dict[str, CommandDescriptor]:
+        declared = self._registry(ctx).commands.declared()
         return {c.name: c for c in declared if c.name not in self._builtin}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*self._builtin, *self._plugin_commands()]
+        return [*self._builtin, *self._plugin_commands(ctx)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        descriptor = self._builtin.get(cmd_name) or self._plugin_commands().get(cmd_name)
+        descriptor = self._builtin.get(cmd_name) or self._plugin_commands(ctx).get(cmd_name)
         if descriptor is None:
             return None
         command = descriptor.resolve()
@@ -61,19 +66,19 @@ class Commands(click.Group):
         if name.startswith("-") or self.get_command(ctx, name) is not None:
             return super().resolve_command(ctx, args)
         hint = did_you_mean(name, self.list_commands(ctx))
-        failed = self._host.registry.troubles
+        failed = self._registry(ctx).troubles
         why = "".join(f"\nPlugin {plugin} failed: {reason}" for plugin, reason in failed.items())
         raise click.UsageError(f"There is no command {name!r}.{hint}{why}", ctx)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for title, commands in (
             ("Commands", self._builtin),
-            ("Commands of plugins", self._plugin_commands()),
+            ("Commands of plugins", self._plugin_commands(ctx)),
         ):
             if commands:
                 with formatter.section(title):
                     formatter.write_dl([(c.name, c.summary) for c in commands.values()])
-        if troubles := self._host.registry.troubles:
+        if troubles := self._registry(ctx).troubles:
             with formatter.section("Plugins that failed, see `gr plugins list`"):
                 formatter.write_dl(list(troubles.items()))
 

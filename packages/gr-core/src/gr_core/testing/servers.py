@@ -122,8 +122,8 @@ class ServerSuite(Suite):
     @pytest.mark.parametrize(
         ("fields", "named"),
         [
-            ({"k": 0}, "k"),
-            ({"k": 10**9}, "k"),
+            ({"k": 0}, r"\bk\b"),
+            ({"k": 10**9}, r"\bk\b"),
             ({"model": "no-such-model"}, "no-such-model"),
             ({"candidates": [1001, 1001]}, "candidates"),
         ],
