@@ -117,7 +117,7 @@ class MeanModel:
     ) -> tuple[FloatArray, FloatArray]:
         if task is Task.RETRIEVE:
             return result.scores, np.empty((len(result.scores), 0), np.float32)
-        weights = head_weights or {"click": 0.5, "like": 0.5}
+        weights = head_weights or {"click": 0.75, "like": 0.25}
         vector = np.array([weights.get(head, 0.0) for head in HEADS], np.float32)
         return result.scores @ vector, result.scores
 

@@ -137,12 +137,9 @@ def test_an_explicit_strategy_raises_what_went_wrong(repository: ModelRepository
         raise MemoryError("8 GiB wanted")
 
     better.break_load = no_memory
+    env, bundle = two_engines(lab, better), repository.bundle("mean")
     with pytest.raises(MemoryError, match="8 GiB wanted"):
-        Deployment.load(
-            repository.bundle("mean"),
-            ModelSpec("mean", strategy="better"),
-            two_engines(lab, better),
-        )
+        Deployment.load(bundle, ModelSpec("mean", strategy="better"), env)
     assert (lab.loads, better.alive) == (0, 0)
     with pytest.raises(PlanError, match="tensorrt"):
         Deployment.load(bundle, ModelSpec("mean", strategy="tensorrt"), env)

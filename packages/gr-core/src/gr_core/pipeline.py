@@ -7,17 +7,17 @@ import itertools
 import logging
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from gr_core.artifacts import cache_folder
 from gr_core.batcher import Batched, BatchingOptions
-from gr_core.contracts import CacheStatistics, Encoding, Health
+from gr_core.contracts import CacheStatistics, Encoding, Health, Model
 from gr_core.deployment import Deployment, Environment, ModelSpec
 from gr_core.errors import (
     ConfigurationError,
@@ -48,8 +48,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_INLINE_HISTORY = 4096
-"""Longer histories are encoded on a thread, so that the event loop is never held up."""
+_T = TypeVar("_T")
+
+_INLINE_ROWS = 4096
+"""Requests with more rows are encoded on a thread, so that the event loop is never held up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,8 @@ class _Run:
     """What is known of one request while it is answered."""
 
     started: float
+    model: str = ""
+    """The name that answers, once it is known."""
     stages: list[StageReport] = field(default_factory=list)
     features_s: float = 0.0
     unknown_items: int = 0
@@ -192,33 +196,13 @@ class Pipeline:
         if self._closing:
             raise Unavailable("the server is stopping")
         route = self._route(request.model)
-        violations = violations_of(request, self._limits)
-        ranking = bool(request.candidates) if request.task is None else request.task is Task.RANK
-        if ranking and not route.rank:
-            violations.append(
-                Violation("task", f"{route.name} has no model that ranks; leave out the candidates")
-            )
-        elif ranking and not request.candidates:
-            violations.append(Violation("candidates", "none given, but there is nothing to rank"))
-        elif not ranking and not route.retrieve:
-            violations.append(
-                Violation("candidates", f"none given, and {route.name} has no model that retrieves")
-            )
-        if request.version and len({route.retrieve, route.rank} - {""}) > 1:
-            violations.append(
-                Violation(
-                    "version",
-                    f"{route.name} composes {route.retrieve} and {route.rank}, in their active "
-                    "versions; name one of these models to choose a version",
-                )
-            )
-        if violations:
+        run.model = route.name
+        if violations := violations_of(request, self._limits) + self._misrouted(route, request):
             raise InvalidRequest(violations)
+        ranking = _ranks(request)
         reranks = not ranking and request.task is None and bool(route.rank) and route.rerank
         with ExitStack() as leases:
             ranker = self._lease(leases, route.rank, request) if ranking or reranks else None
-            if ranker is not None:
-                _check_heads(request, ranker)
             if ranking:
                 assert ranker is not None
                 return await self._rank(ranker, request, run)
@@ -240,19 +224,18 @@ class Pipeline:
         self, deployment: Deployment, request: RecommendRequest, k: int, run: _Run
     ) -> tuple[IntArray, FloatArray]:
         """The best k indices that are not excluded, (≤ k,), and their scores."""
-        catalogue = deployment.model.catalogue
-        encoding = await self._encode(deployment, request, Task.RETRIEVE, run)
+        model = deployment.model
+        encoding, excluded = await self._features(
+            request, run, lambda: (model.encode(request, Task.RETRIEVE), _excluded(model, request))
+        )
         run.unknown_items = encoding.unknown_items
-        excluded = set(catalogue.indices_of(request.exclude_item_ids).tolist())
-        if not request.include_seen:
-            excluded.update(catalogue.indices_of(request.history.item_ids).tolist())
-        fetched = min(len(catalogue), k + len(excluded))
+        fetched = min(len(model.catalogue), k + len(excluded))
         encoded = replace(encoding.request, k=fetched)
         batched = await deployment.infer(Task.RETRIEVE, encoded, request.deadline)
         run.stages.append(_stage(deployment, Task.RETRIEVE, encoding, batched))
         result = batched.result
         assert result.indices is not None
-        scores, _ = deployment.model.decode(Task.RETRIEVE, result, request.head_weights)
+        scores, _ = model.decode(Task.RETRIEVE, result, request.head_weights)
         # Few are passed over before k are found, so this is quicker than a mask of all fetched.
         allowed = (row for row, i in enumerate(result.indices.tolist()) if i not in excluded)
         keep = list(itertools.islice(allowed, k))
@@ -262,7 +245,7 @@ class Pipeline:
         self, deployment: Deployment, request: RecommendRequest, run: _Run
     ) -> Recommendation:
         assert request.candidates is not None
-        encoding = await self._encode(deployment, request, Task.RANK, run)
+        encoding = await self._features(request, run, deployment.model.encode, request, Task.RANK)
         run.unknown_items = max(run.unknown_items, encoding.unknown_items)
         unscored = request.candidates.item_ids[encoding.unscored].tolist()
         if not len(encoding.candidate_indices):
@@ -284,18 +267,20 @@ class Pipeline:
             unscored,
         )
 
-    async def _encode(
-        self, deployment: Deployment, request: RecommendRequest, task: Task, run: _Run
-    ) -> Encoding:
+    async def _features(
+        self, request: RecommendRequest, run: _Run, compute: Callable[..., _T], *arguments: Any
+    ) -> _T:
+        """What takes time in proportion to a request's rows."""
         started = time.monotonic()
-        if len(request.history) <= _INLINE_HISTORY:
-            encoding = deployment.model.encode(request, task)
+        rows = len(request.history) + len(request.candidates or ()) + len(request.exclude_item_ids)
+        if rows <= _INLINE_ROWS:
+            result = compute(*arguments)
         else:
-            encoding = await asyncio.get_running_loop().run_in_executor(
-                self._encoder, deployment.model.encode, request, task
+            result = await asyncio.get_running_loop().run_in_executor(
+                self._encoder, compute, *arguments
             )
         run.features_s += time.monotonic() - started
-        return encoding
+        return result
 
     def _compose(
         self,
@@ -334,6 +319,43 @@ class Pipeline:
             raise NotFound(f"model: {name!r} is not served; there are: {', '.join(self._routes)}")
         return route
 
+    def _misrouted(self, route: PipelineSpec, request: RecommendRequest) -> list[Violation]:
+        """What a request asks for that the models of its route cannot do."""
+        found = []
+        if request.task not in (None, Task.RETRIEVE, Task.RANK):
+            found.append(Violation("task", f"{request.task}, expected retrieve, rank or none"))
+        elif _ranks(request) and not route.rank:
+            found.append(
+                Violation("task", f"{route.name} has no model that ranks; leave out the candidates")
+            )
+        elif _ranks(request) and not request.candidates:
+            found.append(Violation("candidates", "none given, but there is nothing to rank"))
+        elif not _ranks(request) and not route.retrieve:
+            found.append(
+                Violation("candidates", f"none given, and {route.name} has no model that retrieves")
+            )
+        version = request.version
+        if version and len({route.retrieve, route.rank} - {""}) > 1:
+            version = ""
+            found.append(
+                Violation(
+                    "version",
+                    f"{route.name} composes {route.retrieve} and {route.rank}, in their active "
+                    "versions; name one of these models to choose a version",
+                )
+            )
+        if request.head_weights:
+            heads: Sequence[str] = ()
+            if route.rank:
+                heads = self._rollout.deployment(route.rank, version).model.heads
+            listing = ", ".join(heads) or f"none, {route.name} has no model that ranks"
+            found += [
+                Violation(f"head_weights[{name!r}]", f"no such head; there are: {listing}")
+                for name in request.head_weights
+                if name not in heads
+            ]
+        return found
+
     def _lease(self, leases: ExitStack, model: str, request: RecommendRequest) -> Deployment:
         deployment = self._rollout.deployment(model, request.version)
         leases.enter_context(deployment.lease())
@@ -343,7 +365,7 @@ class Pipeline:
         self._environment.observers.notify(
             RequestEvent(
                 request_id=request.request_id,
-                model=request.model if request.model in self._routes else "",
+                model=run.model,
                 outcome=outcome,
                 total_s=time.monotonic() - run.started,
                 features_s=run.features_s,
@@ -434,14 +456,18 @@ def _routes(
     return routes
 
 
-def _check_heads(request: RecommendRequest, deployment: Deployment) -> None:
-    known = deployment.model.heads
-    if violations := [
-        Violation(f"head_weights[{name!r}]", f"no such head; there are: {', '.join(known)}")
-        for name in request.head_weights
-        if name not in known
-    ]:
-        raise InvalidRequest(violations)
+def _ranks(request: RecommendRequest) -> bool:
+    """Whether given candidates are to be ranked, rather than items retrieved."""
+    return bool(request.candidates) if request.task is None else request.task is Task.RANK
+
+
+def _excluded(model: Model, request: RecommendRequest) -> set[int]:
+    """Catalogue indices that may not be retrieved."""
+    excluded = set(model.catalogue.indices_of(request.exclude_item_ids).tolist())
+    if not request.include_seen:
+        excluded.update(model.catalogue.indices_of(request.history.item_ids).tolist())
+    excluded.discard(0)
+    return excluded
 
 
 def _stage(deployment: Deployment, task: Task, encoding: Encoding, batched: Batched) -> StageReport:
