@@ -87,6 +87,7 @@ class MicroBatcher:
         self._on_drop = on_drop
         self._queue: list[_Pending] = []
         self._wakeup = threading.Condition()
+        self._waking: set[asyncio.AbstractEventLoop] = set()
         self._closing = False
         self._seconds_per_request = 0.01
         self._thread = threading.Thread(target=self._run, name=f"gr-{name}", daemon=True)
@@ -115,7 +116,6 @@ class MicroBatcher:
             waiting = len(self._queue)
             if waiting < self._options.max_queue:
                 self._queue.append(pending)
-                self._wakeup.notify()
         self._drop(dead)
         if waiting >= self._options.max_queue:
             self._on_drop("full")
@@ -123,7 +123,20 @@ class MicroBatcher:
                 f"the queue of {self._name} is full ({waiting} requests)",
                 retry_after_s=min(max(waiting * self._seconds_per_request, 0.01), 30.0),
             )
+        if loop not in self._waking:
+            self._waking.add(loop)
+            loop.call_soon(self._wake, loop)
         return await pending.future
+
+    def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Wakes the worker once for all requests that came in one turn of an event loop.
+
+        Waking it for each of them costs more than a small model, for it competes for the
+        interpreter with the loop that is about to queue the next one.
+        """
+        self._waking.discard(loop)
+        with self._wakeup:
+            self._wakeup.notify()
 
     def close(self) -> None:
         """Finishes what is queued, then stops the thread. May be called twice."""
