@@ -98,3 +98,10 @@ def test_the_readme_has_two_quick_start_commands_and_ci_runs_the_second():
     assert "\n" not in tests
     assert demo == f"{tests} -s demo"
     assert tests in (ROOT / ".ci" / "run").read_text()
+
+
+def test_tools_have_one_version_everywhere():
+    texts = [(ROOT / file).read_text() for file in ("README.md", "CONTRIBUTING.md", ".ci/run")]
+    assert len({version for text in texts for version in re.findall(r"nox==(\S+)", text)}) == 1
+    pre_commit = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert f"rev: v{pins('constraints.txt')['ruff']}\n" in pre_commit
