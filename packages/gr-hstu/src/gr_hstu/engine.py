@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +51,11 @@ class TorchEngine:
             torch.set_num_threads(options.threads)
         self._device = torch.device(options.device)
         dtype = _DTYPES[options.dtype]
+        copies: dict[int, Any] = {}  # what the modules of two tasks share is copied once
         for task in tasks:
             module: nn.Module = model.module(task)
             if dtype != torch.float32 or self._device.type != "cpu":
-                module = copy.deepcopy(module).to(self._device, dtype)
+                module = copy.deepcopy(module, copies).to(self._device, dtype)
             self._modules[task] = module.eval()
         if Task.RETRIEVE in tasks:
             self._table = model.item_table().to(self._device)

@@ -99,6 +99,11 @@ class HSTUModel:
         self._inputs = {task: self._specs(task) for task in bundle.tasks}
         self._stability = prefix_stability(config)
         self._prefix_tokens = 0 if self._retrieves else config.num_prefix_tokens
+        if unknown := [head for head in bundle.head_weights if head not in self.heads]:
+            raise BundleError(
+                f"{bundle.path}/config.json: head_weights: {unknown[0]!r} is no head of the model; "
+                f"there are: {', '.join(self.heads)}"
+            )
         weights = dict(bundle.head_weights) or dict.fromkeys(self.heads, 1.0 / len(self.heads))
         self._weights = np.array([weights.get(head, 0.0) for head in self.heads], np.float32)
 
@@ -198,7 +203,7 @@ class HSTUModel:
 
     def module(self, task: Task) -> nn.Module:
         if isinstance(self._module, HSTURetrieval):
-            return self._module if task is Task.RETRIEVE else RetrievalRanker(self._module)
+            return self._module if task is Task.RETRIEVE else RetrievalRanker(self._module).eval()
         return self._module
 
     def item_table(self) -> Tensor:
@@ -266,7 +271,7 @@ def _load_weights(bundle: Bundle, module: nn.Module) -> Sequence[str]:
     try:
         _assign(module, load_file(bundle.weights_path), bundle.weights_path)
     except (OSError, SafetensorError) as error:
-        raise BundleError(f"{bundle.weights_path}: {error}") from error
+        raise BundleError(f"{bundle.weights_path}: {error} ({note})") from error
     if bundle.source is not None:
         logger.warning("%s/%s: %s", bundle.name, bundle.version, note)
     return (note,)

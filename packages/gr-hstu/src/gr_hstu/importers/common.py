@@ -36,12 +36,16 @@ def load_tensors(path: str | Path) -> dict[str, Any]:
     """
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except pickle.UnpicklingError as error:  # its text advises to load it unsafely
         raise ValueError(
-            f"{path}: not read, because it is not a file of tensors and plain values: {error}"
+            f"{path}: not read, because it is not a file of tensors and plain values"
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path}: not a checkpoint that torch can read: {error}") from error
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        raise ValueError(
+            f"{path}: damaged, or not a file that torch.save wrote ({error or 'it is empty'})"
+        ) from error
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path}: holds a {type(loaded).__name__}; expected a state dict")
     return dict(loaded)
