@@ -319,6 +319,21 @@ def test_a_bad_probe_makes_its_descriptor_unusable(probe: object, reason: str) -
         host.registry.observers["bad"]
 
 
+def test_a_hanging_probe_of_an_installed_plugin(install: Install) -> None:
+    hanging = "import time\n" + textwrap.dedent(ENGINE.format(name="slow")).replace(
+        "tasks=", "probe=lambda: time.sleep(60), tasks="
+    )
+    install("sleepy", {"sleepy": hanging})
+    install("acme", {"fast": ENGINE.format(name="fast")})
+    started = time.monotonic()
+    host = discover("sleepy", "fast", probe_timeout_s=0.3)
+    info = info_of(host, "sleepy")
+    assert (info.status, info.offers) == ("unusable", ())
+    assert info.reason == "engine slow: its probe did not answer within 0.3 s"
+    assert list(host.registry.engines) == ["fast"]
+    assert time.monotonic() - started < 5
+
+
 def test_probes_run_when_asked_for_and_once() -> None:
     asked = []
     host = host_of(observers=[observer("o", lambda: (asked.append(1) or True, ""))])

@@ -18,6 +18,7 @@ from gr_core.repository import Bundle
 from gr_core.testing import (
     CacheSuite,
     EngineSuite,
+    ExporterSuite,
     ModelSuite,
     PluginSuite,
     Suite,
@@ -86,11 +87,12 @@ def test_check_plugin_names_what_is_wrong():
 # ── What is wrong ─────────────────────────────────────────────────────────────────────────────
 
 PRELUDE = """
-import asyncio, json, time
+import asyncio, json, shutil, time
 from dataclasses import replace
 import numpy as np
 import pytest
-from gr_core import CacheDescriptor, EngineDescriptor, KernelDescriptor, ServerDescriptor
+from gr_core import (CacheDescriptor, EngineDescriptor, ExporterDescriptor, KernelDescriptor,
+    ServerDescriptor)
 from gr_core.errors import *
 from gr_core.contracts import *
 from gr_core.caches.memory import MemoryCache
@@ -425,6 +427,90 @@ CACHES: Mapping[str, tuple[str, set[str]]] = {
 @pytest.mark.parametrize("name", CACHES)
 def test_caches(name: str):
     check(CACHE, CACHES, name, CacheSuite)
+
+
+EXPORTER = """
+class Engine(TinyEngine):
+    def load(self, artifact, model, tasks, options):
+        if artifact.format == "copy":
+            model = TinyModel(replace(model.bundle, path=artifact.path))
+        super().load(artifact, model, tasks, options)
+
+class NAME:
+    def export(self, artifact, model, out_dir, options):
+        self.check(options)
+        self.write(artifact, out_dir)
+        return Artifact("copy", out_dir)
+
+    def check(self, options):
+        if options:
+            raise PlanError(f"unknown: {options}")
+
+    def write(self, artifact, out_dir):
+        shutil.copytree(artifact.path, out_dir, dirs_exist_ok=True)
+BODY
+
+class TestNAME(Changed, ExporterSuite):
+    exporter = "it"
+
+    @pytest.fixture
+    def registry(self):
+        model, engine = (offer.descriptor for offer in tiny_registry().offers)
+        return Registry.of(model, engine,
+            replace(engine, name="copied", formats=("copy",), factory="test_subject:Engine"),
+            ExporterDescriptor(name="it", factory="test_subject:NAME", source="numpy",
+                target="copy", tasks=TASKS))
+"""
+EXPORTERS: Mapping[str, tuple[str, set[str]]] = {
+    "Right": ("", set()),
+    "IgnoresOptions": (
+        """
+    def check(self, options): pass
+        """,
+        {"unknown_options_are_refused"},
+    ),
+    "WritesWhereItReads": (
+        """
+    def write(self, artifact, out_dir):
+        shutil.copytree(artifact.path, out_dir, dirs_exist_ok=True)
+        (artifact.path / "cache.bin").write_bytes(b"x")
+        """,
+        {"it_leaves_its_source_alone"},
+    ),
+    "NamesItsFolder": (
+        """
+    def write(self, artifact, out_dir):
+        shutil.copytree(artifact.path, out_dir, dirs_exist_ok=True)
+        (out_dir / "engine.json").write_text(str(out_dir))
+        """,
+        {"what_it_makes_can_be_moved"},
+    ),
+    "MakesSomethingElse": (
+        """
+    def export(self, artifact, model, out_dir, options):
+        self.check(options)
+        self.write(artifact, out_dir)
+        return Artifact("onnx", out_dir)
+        """,
+        {"it_makes_what_its_descriptor_says"},
+    ),
+    "ChangesTheWeights": (
+        """
+    def write(self, artifact, out_dir):
+        from safetensors.numpy import load_file, save_file
+        shutil.copytree(artifact.path, out_dir, dirs_exist_ok=True)
+        weights = load_file(out_dir / "model.safetensors")
+        save_file({k: w * np.float32(1.01) for k, w in weights.items()},
+                  out_dir / "model.safetensors")
+        """,
+        {"engines_that_run_it_agree_with_the_reference"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTERS)
+def test_exporters(name: str):
+    check(EXPORTER, EXPORTERS, name, ExporterSuite)
 
 
 KERNEL = """

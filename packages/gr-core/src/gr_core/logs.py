@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from gr_core.errors import ConfigurationError
 from gr_core.observers import DropEvent, LoadEvent, Observer, RequestEvent
 
 logger = logging.getLogger("gr_core.events")
@@ -50,11 +51,13 @@ class LogObserver(Observer):
     def __init__(self, settings: Mapping[str, Any]) -> None:
         level = str(settings.get("level", "info")).upper()
         if unknown := settings.keys() - {"level"}:
-            raise ValueError(
+            raise ConfigurationError(
                 f"observers.log: unknown setting {sorted(unknown)[0]!r}; expected level"
             )
         if level not in logging.getLevelNamesMapping():
-            raise ValueError(f"observers.log.level: {level!r}, expected a level such as 'info'")
+            raise ConfigurationError(
+                f"observers.log.level: {level!r}, expected a level such as 'info'"
+            )
         self._level = logging.getLevelNamesMapping()[level]
 
     def on_request(self, event: RequestEvent) -> None:

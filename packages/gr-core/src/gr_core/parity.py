@@ -74,13 +74,20 @@ def compare(
 
 
 def reference_plan(registry: Registry, architecture: str, task: Task) -> Plan:
-    """The engine ``torch`` on the CPU in float32; where it cannot run, the first that can."""
+    """The engine ``torch`` on the CPU in float32; where it cannot run, one as close to the model."""
     plans = feasible_plans(registry, architecture, task, Only(dtypes=["float32"]))
     if not plans:
         raise GrError(f"no engine computes {architecture} {task.value} in float32")
-    return min(
-        plans, key=lambda p: (p.engine.name != REFERENCE, p.device != "cpu", -p.engine.priority)
-    )
+
+    def distance(p: Plan) -> tuple[bool, int, bool, int]:
+        return (
+            p.engine.name != REFERENCE,
+            len(p.exporters),
+            p.device != "cpu",
+            -p.engine.priority,
+        )
+
+    return min(plans, key=distance)
 
 
 def _same(one: Plan, other: Plan) -> bool:

@@ -61,8 +61,9 @@ class Suite:
     def _cache_folder(
         self, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Artifacts made for tests are not kept in the user's cache."""
-        monkeypatch.setenv("GR_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "gr-cache"))
+        """Artifacts are kept for the tests of one class, and never in the user's cache."""
+        folder = tmp_path_factory.getbasetemp() / "gr-cache" / type(self).__qualname__
+        monkeypatch.setenv("GR_CACHE_DIR", str(folder))
 
     @pytest.fixture
     def registry(self) -> Registry:
