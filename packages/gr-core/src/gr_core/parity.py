@@ -74,7 +74,7 @@ def compare(
 
 
 def reference_plan(registry: Registry, architecture: str, task: Task) -> Plan:
-    """The engine ``torch`` on the CPU in float32; where it cannot run, one as close to the model."""
+    """The engine ``torch`` on the CPU in float32; without it, the one closest to the model."""
     plans = feasible_plans(registry, architecture, task, Only(dtypes=["float32"]))
     if not plans:
         raise GrError(f"no engine computes {architecture} {task.value} in float32")
