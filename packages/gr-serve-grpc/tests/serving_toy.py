@@ -86,7 +86,8 @@ class ToyModel:
     ) -> tuple[FloatArray, FloatArray]:
         if task is Task.RETRIEVE:
             return result.scores, result.scores[:, None]
-        weights = np.array([head_weights.get(h, float(h == "up")) for h in self.heads], np.float32)
+        given = head_weights or {"up": 1.0}
+        weights = np.array([given.get(head, 0.0) for head in self.heads], np.float32)
         return result.scores @ weights, result.scores
 
     def close(self) -> None:

@@ -79,7 +79,7 @@ def recommend(
     if as_json:
         emit(answer_as_dict(answer))
         return
-    _print(answer)
+    print_answer(answer)
 
 
 def _needed(setup: Setup, name: str) -> Config:
@@ -110,7 +110,8 @@ async def _recommend(
         await pipeline.close()
 
 
-def _print(answer: Recommendation) -> None:
+def print_answer(answer: Recommendation) -> None:
+    """The items as a table, then how they came about."""
     heads = list(answer.items[0].head_scores) if answer.items else []
     table(
         ("", "item", "title", "score", *heads),
@@ -126,9 +127,10 @@ def _print(answer: Recommendation) -> None:
         ],
     )
     for stage in answer.stages:
+        reused = f", {stage.tokens_reused} of them reused" if stage.tokens_reused else ""
         print(
             f"{stage.task.value}: {stage.model}/{stage.version} on {stage.engine}, "
-            f"{stage.compute_s * 1e3:.1f} ms, {stage.tokens} tokens"
+            f"{stage.compute_s * 1e3:.1f} ms, {stage.tokens} tokens{reused}"
         )
     print(f"features {answer.features_s * 1e3:.1f} ms, in all {answer.total_s * 1e3:.1f} ms")
     if answer.unknown_items:
