@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gr_core import Candidates, History, RecommendRequest, Task
-from gr_core.contracts import Artifact, EncodedRequest, EngineOptions, InferenceResult
+from gr_core.contracts import Artifact, EncodedRequest, EngineOptions
 from gr_core.repository import Bundle, Catalogue, write_bundle
 from gr_core.types import item_id_array
 from gr_hstu.config import HSTUConfig, MTGRConfig
@@ -67,7 +67,7 @@ def random_module(config: HSTUConfig | MTGRConfig, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         module = build_model(config)
         for name, parameter in module.named_parameters():
-            parameter += (0.3 if parameter.dim() > 1 else 0.1) * torch.randn(parameter.shape)
+            parameter += (0.15 if parameter.dim() > 1 else 0.1) * torch.randn(parameter.shape)
             if name == "items.weight":
                 parameter[0] = 0.0
     return module
@@ -108,12 +108,13 @@ def engine_of(model: HSTUModel, **options: Any) -> TorchEngine:
 def a_request(
     seed: int = 0, length: int = 10, candidates: int | Sequence[int] = 5, **fields: Any
 ) -> RecommendRequest:
-    """Random behaviours, an hour apart but the last ones, and candidates with prices."""
+    """Random behaviours, minutes apart, the last ones in real time; candidates with prices."""
     random = np.random.default_rng(seed)
-    ages_s = np.cumsum(np.r_[30, random.integers(60, 3600, length)])[:0:-1][:length]
+    ages_s = np.cumsum(random.integers(20, 400, length))[::-1]
     ids: Any = candidates
     if isinstance(candidates, int):
-        ids = random.permutation(IDS)[:candidates] if candidates <= ITEMS else None
+        assert candidates <= ITEMS
+        ids = random.permutation(IDS)[:candidates]
     history = History(
         random.choice(IDS, length),
         NOW_MS - 1000 * ages_s,
@@ -136,6 +137,3 @@ def a_request(
 
 def encode(model: HSTUModel, task: Task, request: RecommendRequest, k: int = 10) -> EncodedRequest:
     return dataclasses.replace(model.encode(request, task).request, k=k)
-
-
-Compute = Callable[[Sequence[EncodedRequest]], Sequence[InferenceResult]]
