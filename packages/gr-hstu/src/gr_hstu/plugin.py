@@ -20,6 +20,16 @@ def _probe_torch() -> tuple[bool, str]:
     return True, "torch is installed"
 
 
+def _probe_device(device: str) -> tuple[bool, str]:
+    if device == "cpu":
+        return True, "every build of torch computes on the CPU"
+    import torch
+
+    if torch.cuda.is_available():
+        return True, f"torch {torch.__version__} can use CUDA"
+    return False, f"torch {torch.__version__} cannot use CUDA; install a build of torch that can"
+
+
 @hookimpl
 def gr_register_models() -> Iterable[ModelDescriptor]:
     return [
@@ -53,6 +63,7 @@ def gr_register_engines() -> Iterable[EngineDescriptor]:
             priority=10,
             summary="PyTorch eager, the reference that every other engine is compared with",
             probe=_probe_torch,
+            device_probe=_probe_device,
         )
     ]
 
