@@ -46,7 +46,7 @@ async def rejected(address: str, message: pb.RecommendRequest) -> dict[str, str]
 
 
 def violations(error: grpc.aio.AioRpcError) -> dict[str, str]:
-    details = dict(error.trailing_metadata())["grpc-status-details-bin"]
+    (details,) = [v for k, v in error.trailing_metadata() if k == "grpc-status-details-bin"]
     status = status_pb2.Status.FromString(details)
     bad, info = error_details_pb2.BadRequest(), error_details_pb2.RequestInfo()
     assert status.details[0].Unpack(bad)

@@ -272,27 +272,23 @@ async def test_processes_may_share_a_port(serve):
 # ── Reflection ───────────────────────────────────────────────────────────────────────────────────
 
 
-async def described(address: str) -> set[str]:
+async def described(address: str, *requests: reflection_pb2.ServerReflectionRequest):
     async with grpc.aio.insecure_channel(address) as channel:
-        call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
-            iter(
-                [
-                    reflection_pb2.ServerReflectionRequest(list_services=""),
-                    reflection_pb2.ServerReflectionRequest(
-                        file_containing_symbol="gr.v1.RecommenderService"
-                    ),
-                ]
-            ),
-            timeout=5,
-        )
-        services, file = [answer async for answer in call]
-    assert file.file_descriptor_response.file_descriptor_proto
-    return {service.name for service in services.list_services_response.service}
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        return [answer async for answer in stub.ServerReflectionInfo(iter(requests), timeout=5)]
 
 
 async def test_reflection_can_be_switched_off(serve):
+    ask = reflection_pb2.ServerReflectionRequest
     async with serve() as running:
-        assert {"gr.v1.RecommenderService", "gr.v1.CacheService"} < await described(running.address)
+        services, file = await described(
+            running.address,
+            ask(list_services=""),
+            ask(file_containing_symbol="gr.v1.RecommenderService"),
+        )
+        names = {service.name for service in services.list_services_response.service}
+        assert {"gr.v1.RecommenderService", "gr.v1.CacheService"} < names
+        assert file.file_descriptor_response.file_descriptor_proto
     async with serve(reflection=False) as running:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await described(running.address)
