@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from gr_core import Task
 from gr_core.artifacts import cache_folder, materialize
-from gr_core.contracts import Artifact, Model
+from gr_core.contracts import Artifact, ExportOptions, Model
 from gr_core.errors import GrError
 from gr_core.planner import Plan, plan
 from gr_core.plugins.registry import Registry
@@ -35,11 +34,11 @@ class Press:
         self.fail = False
 
     def export(
-        self, artifact: Artifact, model: Model, out_dir: Path, options: Mapping[str, Any]
+        self, artifact: Artifact, model: Model, out_dir: Path, options: ExportOptions
     ) -> Artifact:
         assert not list(out_dir.iterdir())
         self.calls.append(artifact)
-        (out_dir / "pressed").write_text(f"{artifact.format} {sorted(options)}")
+        (out_dir / "pressed").write_text(f"{artifact.format} {sorted(options.extra)}")
         if self.fail:
             raise GrError("both sides differ")
         return Artifact(self.target, out_dir)
@@ -147,6 +146,10 @@ def test_whatever_an_artifact_depends_on_makes_another(
     made.add(materialize(chain.plan, model, folder, {"opset": 17}).path)
     made.add(materialize(chain.plan, model, folder, {"opset": 18}).path)
 
+    made.add(materialize(replace(chain.plan, dtype="float16"), model, folder, {}).path)
+    revised = tuple(replace(step, revision="2") for step in chain.plan.exporters)
+    made.add(materialize(replace(chain.plan, exporters=revised), model, folder, {}).path)
+
     newer = MeanModel(write_model(tmp_path / "repository", version="2"))
     made.add(materialize(chain.plan, newer, folder, {}).path)
 
@@ -156,8 +159,8 @@ def test_whatever_an_artifact_depends_on_makes_another(
     imported = MeanModel(retrained)
     imported.notes = ("weights: the checkpoint open.pt",)
     made.add(materialize(chain.plan, imported, folder, {}).path)
-    assert len(made) == 6
-    assert len(chain.calls) == 12
+    assert len(made) == 8
+    assert len(chain.calls) == 16
 
 
 def test_where_artifacts_are_kept(

@@ -92,9 +92,9 @@ class Wrong(TinyEngine):
 
 class Copy:
     def export(self, artifact, model, out_dir, options):
-        if "fail" in options:
+        if "fail" in options.extra:
             raise PlanError("asked to fail")
-        (out_dir / "artifact.txt").write_text(artifact.format + json.dumps(dict(options)))
+        (out_dir / "artifact.txt").write_text(artifact.format + json.dumps(dict(options.extra)))
         return Artifact({"numpy": "two", "two": "three"}[artifact.format], out_dir)
 
 class Count(Observer):

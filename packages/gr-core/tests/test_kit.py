@@ -438,7 +438,7 @@ class Engine(TinyEngine):
 
 class NAME:
     def export(self, artifact, model, out_dir, options):
-        self.check(options)
+        self.check(options.extra)
         self.write(artifact, out_dir)
         return Artifact("copy", out_dir)
 
@@ -488,7 +488,7 @@ EXPORTERS: Mapping[str, tuple[str, set[str]]] = {
     "MakesSomethingElse": (
         """
     def export(self, artifact, model, out_dir, options):
-        self.check(options)
+        self.check(options.extra)
         self.write(artifact, out_dir)
         return Artifact("onnx", out_dir)
         """,

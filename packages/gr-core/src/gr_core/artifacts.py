@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gr_core.contracts import Artifact, Exporter, Model
+from gr_core.contracts import Artifact, Exporter, ExportOptions, Model
 from gr_core.planner import Plan
 from gr_core.plugins.descriptors import ExporterDescriptor
 from gr_core.repository.bundle import CONFIG, atomic_folder
@@ -25,13 +25,14 @@ def cache_folder() -> Path:
 
 
 def materialize(
-    plan: Plan, model: Model, folder: Path | None, options: Mapping[str, Any]
+    plan: Plan, model: Model, folder: Path | None, extra: Mapping[str, Any]
 ) -> Artifact:
     """The artifact that the plan's engine loads: the bundle itself, or exported step by step.
 
-    A step that was exported before, from the same bundle and weights by the same exporter with the
-    same options, is not done again.
+    A step that was exported before, from the same bundle and weights by the same revision of the
+    exporter with the same options, is not done again.
     """
+    options = ExportOptions(plan.device, plan.dtype, extra)
     artifact = Artifact(plan.format, model.bundle.path)
     key = hashlib.sha256((model.bundle.path / CONFIG).read_bytes())
     key.update(repr(list(model.notes)).encode())  # say which of its sources the weights are from
@@ -49,6 +50,7 @@ def materialize(
     return artifact
 
 
-def _step(descriptor: ExporterDescriptor, options: Mapping[str, Any]) -> bytes:
-    facts = [descriptor.name, descriptor.target, descriptor.api_version, sorted(options.items())]
-    return json.dumps(facts, default=str).encode()
+def _step(descriptor: ExporterDescriptor, options: ExportOptions) -> bytes:
+    maker = [descriptor.name, descriptor.target, descriptor.revision, descriptor.api_version]
+    wanted = [options.device, options.dtype, sorted(options.extra.items())]
+    return json.dumps([maker, wanted], default=str).encode()

@@ -179,6 +179,15 @@ class Artifact:
     path: Path
 
 
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """What an artifact is made for; ``extra`` holds what only some exporters know."""
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Exporter(Protocol):
     """Turns an artifact of one format into another.
 
@@ -188,7 +197,7 @@ class Exporter(Protocol):
     """
 
     def export(
-        self, artifact: Artifact, model: Model, out_dir: Path, options: Mapping[str, Any]
+        self, artifact: Artifact, model: Model, out_dir: Path, options: ExportOptions
     ) -> Artifact: ...
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder; default: NAME-VERSION-FORMAT."
 )
+@click.option("--device", default="cpu", help="Device that it is made for.")
+@click.option("--dtype", default="float32", help="Precision.")
 @click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="For the exporters.")
 @click.option("--overwrite", is_flag=True, help="Replace the folder if it is there.")
 def export(
@@ -32,6 +34,8 @@ def export(
     target: str,
     version: str,
     out: Path | None,
+    device: str,
+    dtype: str,
     options: tuple[str, ...],
     overwrite: bool,
 ) -> None:
@@ -39,7 +43,7 @@ def export(
 
     The folder appears at the end, complete and checked by its exporters, or not at all.
     """
-    from gr_core.contracts import Artifact
+    from gr_core.contracts import Artifact, ExportOptions
     from gr_core.errors import BundleError
     from gr_core.planner import export_path
     from gr_core.repository.bundle import atomic_folder
@@ -50,7 +54,7 @@ def export(
     out = out or Path(f"{bundle.name}-{bundle.version}-{target}")
     if out.exists() and not overwrite:
         raise BundleError(f"{out}: exists; choose another folder with --out, or say --overwrite")
-    given = _options(options)
+    given = ExportOptions(device, dtype, _options(options))
     bundle.check_files()
     model = descriptor.resolve()(bundle)
     artifact = Artifact(start, bundle.path)

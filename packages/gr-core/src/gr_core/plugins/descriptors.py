@@ -57,6 +57,9 @@ class ExporterDescriptor(Descriptor):
     tasks: tuple[Task, ...]
     architectures: tuple[str, ...] = ()
     """Architectures that it can export; empty means any."""
+    revision: str = "1"
+    """Artifacts that an exporter of another revision made are made again. It names the versions of
+    libraries whose files do not outlive them."""
     automatic: bool = True
     """Whether the planner may run it at load time without being asked."""
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from gr_core.contracts import Artifact, Exporter, Model
+from gr_core.contracts import Artifact, Exporter, ExportOptions, Model
 from gr_core.engines import Only
 from gr_core.errors import GrError
 from gr_core.parity import Parity, compare
@@ -54,7 +54,7 @@ class ExporterSuite(Suite):
         for step in steps:
             folder = tmp_path / f"source-{step.name}"
             folder.mkdir()
-            artifact = step.resolve()().export(artifact, model, folder, {})
+            artifact = step.resolve()().export(artifact, model, folder, ExportOptions())
         return artifact
 
     def test_it_makes_what_its_descriptor_says(
@@ -93,8 +93,9 @@ class ExporterSuite(Suite):
         out = tmp_path / "out"
         out.mkdir()
         exporter: Exporter = descriptor.resolve()()
+        unknown = ExportOptions(extra={**self.options, "no_such_option": 1})
         with pytest.raises(GrError, match="no_such_option"):
-            exporter.export(source, model, out, {**self.options, "no_such_option": 1})
+            exporter.export(source, model, out, unknown)
 
     def test_engines_that_run_it_agree_with_the_reference(
         self, registry: Registry, descriptor: ExporterDescriptor, model: Model
@@ -116,7 +117,7 @@ class ExporterSuite(Suite):
     ) -> Artifact:
         out.mkdir()
         exporter: Exporter = descriptor.resolve()()
-        return exporter.export(source, model, out, self.options)
+        return exporter.export(source, model, out, ExportOptions(extra=self.options))
 
 
 def _digests(path: Path) -> dict[str, str]:
