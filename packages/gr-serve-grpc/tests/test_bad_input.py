@@ -126,6 +126,16 @@ async def test_a_hundred_thousand_behaviours(serve):
         assert (await client.recommend(history=[Behaviour(1, NOW)])).items
 
 
+async def test_sparse_signals_do_not_fill_the_memory(server: str):
+    """A message of 20 kB that would become columns of 1000 rows for each of 1000 names."""
+    message = pb.RecommendRequest()
+    for i in range(1000):
+        row = message.history.rows.behaviours.add(timestamp_ms=NOW, signals={f"s{i}": 1.0})
+        row.item_id.integer = i
+    found = await rejected(server, message)
+    assert found == {"history.signals": "more than 256 names, expected fewer for 1000 rows"}
+
+
 async def test_duplicate_and_unknown_items(server: str):
     message = pb.RecommendRequest()
     message.candidates.item_ids.integers.values.extend([3, 4, 3])

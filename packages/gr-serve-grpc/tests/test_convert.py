@@ -199,3 +199,13 @@ def test_rows_read_into_columns_once():
     rows = [Behaviour(1, 5, {"a": 1.0}), Behaviour(2, 6)]
     message = message_from_request(RecommendRequest(History.of(rows)))
     assert list(message.history.columns.signals["a"].missing) == [1]
+
+
+def test_signals_of_rows_are_bounded_by_cells():
+    message = pb.RecommendRequest()
+    for i in range(20_000):
+        message.history.rows.behaviours.add(timestamp_ms=1).item_id.integer = i
+    for i in range(210):
+        message.history.rows.behaviours[i].signals[f"s{i}"] = 1.0
+    with pytest.raises(InvalidRequest, match=r"history.signals: more than 209 names"):
+        request_from_message(message, Limits(), request_id="", deadline=None)

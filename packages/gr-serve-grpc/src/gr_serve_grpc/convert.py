@@ -37,6 +37,9 @@ from gr_serve_grpc._gen.gr.v1 import types_pb2 as types_pb
 DEFAULT_K = 10
 ROWS_NAMED = 10
 """Wrong rows of one column that are named; the rest is counted."""
+MAX_CELLS = 1 << 22
+"""Rows times names of signals of a history in rows. Signals that few rows have take little of a
+message, but a column of memory each."""
 
 TASKS: Mapping[int, Task | None] = {
     types_pb.TASK_UNSPECIFIED: None,
@@ -131,12 +134,14 @@ def _from_rows(
     signals: dict[str, list[float]] = {}
     nans: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
-        for name, value in row.signals.items():
+        of_row = row.signals
+        for name in of_row:  # twice as quick as its items
+            value = of_row[name]
             if name not in signals:
-                if len(signals) == limits.max_features:
-                    wrong.append(
-                        Violation("history.signals", f"more than {limits.max_features} names")
-                    )
+                most = min(limits.max_features, MAX_CELLS // n)
+                if len(signals) == most:
+                    problem = f"more than {most} names, expected fewer for {n} rows"
+                    wrong.append(Violation("history.signals", problem))
                     return History()
                 signals[name] = [np.nan] * n
             signals[name][i] = value
