@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytest.importorskip("scipy", reason="needs gr-hstu[train]")
+
 from gr_hstu.data.interactions import Interactions, Table
 from gr_hstu.evaluation import metrics, protocols
 from gr_hstu.evaluation.baselines import (
@@ -170,7 +172,7 @@ def test_a_split_by_time_has_no_leak(
     events: list[tuple[int, int, int]], validation_ms: int, later: int
 ) -> None:
     data = interactions(events, items=6)
-    test_ms = validation_ms + later
+    test_ms = validation_ms + later + 1
     positive = data.item_N % 2 == 0
     retrieval = protocols.retrieval_by_time(data, validation_ms, test_ms, positive)
     ranking = protocols.ranking_by_time(data, validation_ms, test_ms)
@@ -183,6 +185,11 @@ def test_a_split_by_time_has_no_leak(
             for row, start, end in zip(cases.row_C, cases.start_C, cases.end_C, strict=True):
                 assert (data.user_N[start : row + 1] == data.user_N[row]).all()
                 assert (data.timestamp_ms_N[start:end] < data.timestamp_ms_N[row]).all()
+    for cases in (ranking.validation, ranking.test):
+        period = (data.timestamp_ms_N - test_ms) // (test_ms - validation_ms)
+        for row, start, end in zip(cases.row_C, cases.start_C, cases.end_C, strict=True):
+            before = (data.user_N == data.user_N[row]) & (period < period[row])
+            assert np.array_equal(np.flatnonzero(before), np.arange(start, end))
     assert len(ranking.test) == (data.timestamp_ms_N >= test_ms).sum()
     for row, start in zip(retrieval.test.row_C, retrieval.test.start_C, strict=True):
         assert positive[row]

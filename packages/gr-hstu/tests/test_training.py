@@ -13,14 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+pytest.importorskip("scipy", reason="needs gr-hstu[train]")
+
 from gr_hstu.data.interactions import Interactions, Table
 from gr_hstu.evaluation.protocols import Cases
 from gr_hstu.features import Feature, FeatureSchema
 from gr_hstu.training import losses, settings
 from gr_hstu.training.batches import HistoryEncoder, catalogue_of, stack
 from gr_hstu.training.loop import Interrupted, Options, fit
+from gr_hstu.training.ranking import predict
 from gr_hstu.training.ranking_task import RankingTask
 from gr_hstu.training.retrieval_task import RetrievalTask
+from gr_hstu.training.warm_start import leading_eigenvectors
 
 DAY_MS = 86_400_000
 
@@ -67,9 +71,9 @@ def retrieval_task(**changes: Any) -> RetrievalTask:
     return RetrievalTask(cyclic(), settings.RetrievalSettings(**(values | changes)))
 
 
-def ranking_task(model: str = "mtgr") -> RankingTask:
+def ranking_task(model: str = "mtgr", length: int = 12) -> RankingTask:
     return RankingTask(
-        cyclic(),
+        cyclic(length=length),
         settings.RankingSettings(
             model=model,
             d_model=16,
@@ -422,3 +426,66 @@ def test_training_labels_hide_what_is_not_known_yet() -> None:
     label = task.training_labels()[task.train_cases.row_C, 0]
     np.testing.assert_array_equal(label, [1, np.nan])
     assert task.label_NH[1, 0] == 1
+
+
+def test_within_user_softmax_by_hand() -> None:
+    logits = torch.tensor([[0.0], [1.0], [2.0], [5.0], [7.0]], requires_grad=True)
+    label = torch.tensor([[1.0], [0.0], [0.0], [0.0], [1.0]])
+    user = torch.tensor([1, 1, 1, 2, 3])
+    # Only user 1 has both; users 2 and 3 are not compared with each other.
+    expected = F.cross_entropy(logits[:3].T, torch.tensor([0])) / 5  # 5 observed labels
+    found = losses.within_user_softmax(logits, label, user)
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    assert logits.grad is not None
+    assert (logits.grad[3:] == 0).all()
+    nobody = losses.within_user_softmax(logits, torch.full_like(label, torch.nan), user)
+    assert nobody.item() == 0
+
+
+def test_no_impression_is_lost_and_a_request_has_one_user_and_context() -> None:
+    task = ranking_task()
+    objective = task.objective()
+    requests = objective.train
+    batches = objective.epoch(np.random.default_rng(0))
+    members = [requests.members(r) for batch in batches for r in batch]
+    assert sorted(np.concatenate(members)) == list(range(len(task.train_cases)))
+    for cases in members:
+        rows = task.train_cases.row_C[cases]
+        assert len(set(task.data.user_N[rows])) == len(set(task.data.context["tab"][rows])) == 1
+        assert len(set(task.train_cases.end_C[cases])) == 1
+
+
+def test_candidates_of_a_request_do_not_change_each_others_scores() -> None:
+    task = ranking_task(length=40)
+    model = task.new_model(0).eval()
+    cases = task.train_cases
+    together = predict(model, task.impressions, cases)
+    requests = task.impressions.requests(cases)
+    assert requests.size_R.max() > 1
+    # A request is made at the time of its first impression, which thus scores the same alone.
+    first = np.array([requests.members(r)[0] for r in range(len(requests))])
+    for one in first[:20]:
+        alone = predict(model, task.impressions, cases.take(np.array([one])))
+        np.testing.assert_allclose(together[one], alone[0], atol=1e-5)
+
+
+def test_leading_eigenvectors_of_a_known_matrix() -> None:
+    draw = np.random.default_rng(0)
+    basis, _ = np.linalg.qr(draw.normal(size=(60, 60)))
+    value = np.concatenate([[9.0, 5.0, 3.0, -8.0, -6.0], np.full(55, 0.01)])
+    matrix = basis * value @ basis.T
+    found, vectors = leading_eigenvectors(lambda x: matrix @ x, 60, 3)
+    np.testing.assert_allclose(found, [9, 5, 3], atol=1e-6)
+    np.testing.assert_allclose(np.abs((vectors * basis[:, :3]).sum(0)), 1, atol=1e-6)
+
+
+def test_a_warm_start_reads_training_rows_only() -> None:
+    task = retrieval_task(warm_start=0.5)
+    table = task.new_model("hstu", 0).items.weight
+    assert table[0].abs().sum() == 0
+    assert table[1:].norm(dim=1).mean().item() == pytest.approx(0.5, rel=1e-3)
+    changed = retrieval_task(warm_start=0.5)
+    changed.data.item_N[changed.split.test.row_C] = 1
+    assert torch.equal(changed.new_model("hstu", 0).items.weight, table)
+    assert torch.equal(changed.new_model("sasrec", 0).item.weight, table)

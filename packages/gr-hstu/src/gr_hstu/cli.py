@@ -35,6 +35,12 @@ def _explained(command: Callable[P, R]) -> Callable[P, R]:
             return command(*args, **kwargs)
         except (ValueError, FileNotFoundError) as error:
             raise UserError(str(error)) from error
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] not in ("scipy", "sklearn"):
+                raise
+            raise UserError(
+                f"{error.name} is not installed; pip install 'gr-hstu[train]'"
+            ) from error
 
     return wrapper
 
@@ -124,6 +130,13 @@ def _experiment(command: Callable[P, R]) -> Callable[P, R]:
 )
 @click.option(
     "--sasrec", "sasrec", is_flag=True, help="Also train a SASRec for the model card (retrieval)."
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Sample requests of real users to put into the bundle; mind the data's licence.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")
 @_explained

@@ -45,6 +45,8 @@ class Split:
     refit_N: BoolArray
     validation: Cases
     test: Cases
+    training: Cases | None = None
+    """Cases of the training rows, where models learn from cases and not from whole sequences."""
 
 
 def leave_last_out(data: Interactions) -> Split:
@@ -95,18 +97,51 @@ def retrieval_by_time(
 
 
 def ranking_by_time(data: Interactions, validation_ms: int, test_ms: int) -> Split:
-    """Every timed event from ``validation_ms`` (``test_ms``) on is an impression to score."""
-    timed_N = np.ones(len(data), bool) if data.timed_N is None else data.timed_N
+    """Every timed event from ``validation_ms`` (``test_ms``) on is an impression to score.
+
+    Its history ends where its period begins; periods are as long as the validation is. So all that
+    a user is shown in a period is ranked from one history, as the candidates of a request are. If
+    an impression saw the outcomes just before it, each positive outcome would raise later scores
+    and never its own, and the order within a user would be judged by that.
+    """
+    end_N = period_start_rows(data, test_ms, test_ms - validation_ms)
+    timed_N = _timed(data)
     time_N = data.timestamp_ms_N
+
+    def cases(mask_N: BoolArray) -> Cases:
+        row_C = np.flatnonzero(mask_N & timed_N)
+        return Cases(row_C, data.start_N[row_C], end_N[row_C])
+
+    days = (test_ms - validation_ms) / 86_400_000
     return Split(
         "by-time",
-        "every impression of the test period is scored from what its user did strictly earlier; "
-        "models are fitted on earlier days only",
+        "impressions of the test period, all those of a user ranked from the history before it; "
+        f"models are fitted on earlier days only, on periods of {days:g} days",
         time_N < validation_ms,
         time_N < test_ms,
-        _cases(data, timed_N & (time_N >= validation_ms) & (time_N < test_ms)),
-        _cases(data, timed_N & (time_N >= test_ms)),
+        cases((time_N >= validation_ms) & (time_N < test_ms)),
+        cases(time_N >= test_ms),
+        cases(time_N < validation_ms),
     )
+
+
+def period_start_rows(data: Interactions, origin_ms: int, period_ms: int) -> IntArray:
+    """For each row the end of what its user did before the row's period, (N,) int64.
+
+    Periods are counted from ``origin_ms`` in both directions. Events without a time of their own
+    precede all timed ones and belong to the history of each.
+    """
+    row_N = np.arange(len(data))
+    period_N = (data.timestamp_ms_N - origin_ms) // period_ms
+    new_N = np.ones(len(data), dtype=bool)
+    new_N[1:] = (data.user_N[1:] != data.user_N[:-1]) | (period_N[1:] != period_N[:-1])
+    first_N = np.maximum.accumulate(np.where(new_N, row_N, 0))
+    after_untimed_N = np.maximum.accumulate(np.where(_timed(data), 0, row_N + 1))
+    return np.maximum(first_N, np.minimum(after_untimed_N, row_N)).astype(np.int64)
+
+
+def _timed(data: Interactions) -> BoolArray:
+    return np.ones(len(data), bool) if data.timed_N is None else data.timed_N
 
 
 def first_meeting(data: Interactions) -> BoolArray:

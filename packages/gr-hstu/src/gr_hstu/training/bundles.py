@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gr_core.repository import Bundle, Catalogue, write_bundle
+from gr_core.samples import SAMPLES
 from gr_core.types import Task
 from gr_hstu.data.interactions import Interactions
 from gr_hstu.evaluation.report import Table
@@ -48,10 +49,15 @@ def write(
     card: str,
     dtype: torch.dtype = torch.float32,
     head_weights: Mapping[str, float] | None = None,
+    samples: str = "",
     overwrite: bool = False,
 ) -> Bundle:
     """Writes the bundle ``out`` = ``…/NAME/VERSION``; the data's terms go with it."""
-    terms = f"{data.attribution}\n\nLicence: {data.licence}\n" if data.attribution else ""
+    files = {}
+    if data.attribution:
+        files["ATTRIBUTION.txt"] = f"{data.attribution}\n\nLicence: {data.licence}\n".encode()
+    if samples:
+        files[SAMPLES] = samples.encode()
     return write_bundle(
         out,
         name=out.parent.name,
@@ -66,7 +72,7 @@ def write(
         description=description,
         license=data.licence,
         card=card,
-        extra_files={"ATTRIBUTION.txt": terms.encode()} if terms else None,
+        extra_files=files,
         overwrite=overwrite,
     )
 

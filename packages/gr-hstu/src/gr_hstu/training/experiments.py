@@ -12,14 +12,17 @@ from torch import nn
 
 from gr_core.repository import Bundle
 from gr_core.types import Task
+from gr_hstu.config import HSTUConfig, MTGRConfig
 from gr_hstu.data.interactions import Interactions
 from gr_hstu.evaluation.report import Table, ranking_table, retrieval_table
 from gr_hstu.evaluation.retrieval import RetrievalResult
+from gr_hstu.models import build_model
 from gr_hstu.training import bundles, settings
 from gr_hstu.training.loop import Options, Progress
 from gr_hstu.training.progress import ConsoleReporter
 from gr_hstu.training.ranking_task import RankingTask
 from gr_hstu.training.retrieval_task import RetrievalTask
+from gr_hstu.training.samples import sample_requests
 
 Settings = TypeVar("Settings", settings.RetrievalSettings, settings.RankingSettings)
 
@@ -36,6 +39,7 @@ def train_retrieval(
     device: str,
     dtype: str,
     sasrec: bool,
+    samples: int,
     overwrite: bool,
     changes: Mapping[str, str],
     heads: Mapping[str, str],
@@ -82,6 +86,7 @@ def train_retrieval(
         description=f"HSTU retrieval trained on {data.name}",
         card=card,
         dtype=bundles.DTYPES[dtype],
+        samples=sample_requests(data, task.split.test, samples) if samples else "",
         overwrite=overwrite,
     )
     return bundle, [table]
@@ -122,6 +127,7 @@ def train_ranking(
     device: str,
     dtype: str,
     sasrec: bool,
+    samples: int,
     overwrite: bool,
     changes: Mapping[str, str],
     heads: Mapping[str, str],
@@ -176,6 +182,7 @@ def train_ranking(
         card=card,
         dtype=bundles.DTYPES[dtype],
         head_weights=task.settings.head_weights,
+        samples=sample_requests(data, task.split.test, samples) if samples else "",
         overwrite=overwrite,
     )
     return bundle, [table]
@@ -248,18 +255,11 @@ def _trained_ranking(task: RankingTask, seed: int, work: Path, device: str) -> t
 
 def _opened(path: Path, ids: Any) -> nn.Module:
     """The module of a bundle made for this very catalogue."""
-    from gr_hstu.config import HSTUConfig, MTGRConfig
-    from gr_hstu.models import MTGR, HSTURanking, HSTURetrieval
-
     bundle = Bundle.open(path)
     if list(bundle.catalogue().ids) != list(ids):
         raise ValueError(f"{path}: its catalogue is not the dataset's")
-    model: nn.Module
-    if bundle.architecture == "mtgr":
-        model = MTGR(MTGRConfig.from_dict(bundle.config))
-    else:
-        config = HSTUConfig.from_dict(bundle.config)
-        model = HSTURetrieval(config) if config.variant == "research" else HSTURanking(config)
+    kind = MTGRConfig if bundle.architecture == "mtgr" else HSTUConfig
+    model: nn.Module = build_model(kind.from_dict(bundle.config))
     own = model.state_dict()
     state = load_file(bundle.weights_path)
     model.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in state.items()})

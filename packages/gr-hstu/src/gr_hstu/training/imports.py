@@ -70,9 +70,10 @@ def _write_stack(imported: ImportedModel, out: Path) -> str:
     save_file(state, out / "model.safetensors")
     config = {"stack": imported.config.to_dict()}
     (out / "stack.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    layers = imported.config.num_layers
     return (
-        f"{out}: a stack of {imported.config.num_layers} layers for HSTUStack of "
-        "gr_hstu.modules.hstu; the checkpoint has no embeddings and heads, so it cannot be served by itself"
+        f"{out}: {layers} layers for HSTUStack of gr_hstu.modules.hstu; the checkpoint has no "
+        "embeddings and heads, so it cannot be served by itself"
     )
 
 

@@ -79,3 +79,23 @@ def multi_task_bce(logits_BCH: Tensor, label_BCH: Tensor, weight_H: Tensor | Non
     total_H = torch.where(observed_BCH, loss_BCH, 0.0).reshape(-1, heads).sum(0)
     mean_H = total_H / observed_BCH.reshape(-1, heads).sum(0).clamp(min=1)
     return mean_H.sum() if weight_H is None else (mean_H * weight_H).sum()
+
+
+def within_user_softmax(logits_BH: Tensor, label_BH: Tensor, user_B: Tensor) -> Tensor:
+    """Each positive against the negatives of the same user in the batch, summed over heads.
+
+    Divided by the observed labels of the head, as `multi_task_bce` is, so that a head of rare
+    positives weighs in both alike.
+
+    Cross-entropy across users mostly learns who likes much, and the order of one user's own
+    impressions little; this is the listwise half of JRC (Sheng et al., KDD 2023).
+    """
+    same_BB = user_B[:, None] == user_B[None, :]
+    positive_BH, negative_BH = label_BH == 1, label_BH == 0
+    # [positive, negative, head]
+    margin_BBH = logits_BH[None, :, :] - logits_BH[:, None, :]
+    counted_BBH = same_BB[..., None] & negative_BH[None, :, :]
+    worse_BH = torch.logsumexp(margin_BBH.masked_fill(~counted_BBH, IGNORED), dim=1)
+    paired_BH = positive_BH & counted_BBH.any(dim=1)
+    loss_BH = torch.where(paired_BH, F.softplus(worse_BH), 0.0)
+    return (loss_BH.sum(0) / torch.isfinite(label_BH).sum(0).clamp(min=1)).sum()

@@ -30,6 +30,7 @@ from gr_hstu.training.ranking import (
 
 KINDS = ("mtgr", "hstu")
 TIME_BUCKETS = 128
+EMBEDDING_STD = 0.1
 # Buckets of the history aggregates that a logistic regression is given in place of the history.
 SHARES = np.linspace(0, 1, 11)[1:-1]
 HOURS = np.array([0.02, 0.1, 0.5, 1, 3, 6, 12, 24, 48, 96])
@@ -58,9 +59,8 @@ class RankingTask:
             data, HistoryEncoder(data, self.schema, self.catalogue)
         )
         self.label_NH = defaults.labels(data, settings.heads)
-        timed_N = np.ones(len(data), bool) if data.timed_N is None else data.timed_N
-        row_C = np.flatnonzero(timed_N & self.split.train_N)
-        self.train_cases = Cases(row_C, data.start_N[row_C], data.strictly_before_N[row_C])
+        assert self.split.training is not None
+        self.train_cases = self.split.training
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -109,8 +109,32 @@ class RankingTask:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = MTGR(config) if isinstance(config, MTGRConfig) else HSTURanking(config)
+            # As large as the position and time embeddings that are added to them, which would
+            # otherwise hide what the tokens are about from the first layer norm for long.
+            for table in (
+                model.items,
+                *model.item_side.tables,
+                *model.signals.tables,
+                *model.users.tables,
+                *model.contexts.tables,
+            ):
+                nn.init.normal_(table.weight, std=EMBEDDING_STD)
+            with torch.no_grad():
+                model.items.weight[0].zero_()
         model.item_features.copy_(self.item_feature_VI)
         return model
+
+    def objective(self) -> RankingObjective:
+        labels = list(self.settings.heads.values())
+        return RankingObjective(
+            self.impressions,
+            self.training_labels(),
+            self.train_cases,
+            self.split.validation,
+            batch_size=self.settings.batch_size,
+            within_user=self.settings.within_user,
+            metric_heads=[h for h, label in enumerate(labels) if label != "returns_next_day"],
+        )
 
     def train(
         self,
@@ -119,15 +143,8 @@ class RankingTask:
         folder: Path | None = None,
         reporter: Reporter | None = None,
     ) -> Progress:
-        objective = RankingObjective(
-            self.impressions,
-            self.training_labels(),
-            self.train_cases,
-            self.split.validation,
-            batch_size=self.settings.batch_size,
-        )
         identity = {"data": self.data.name, "settings": asdict(self.settings)}
-        return fit(model, objective, options, folder, reporter, identity)
+        return fit(model, self.objective(), options, folder, reporter, identity)
 
     def test(self, model: Any) -> np.ndarray:
         """Probabilities (C, H) for the test impressions."""
@@ -173,7 +190,7 @@ class RankingTask:
         return np.concatenate(
             [
                 self.impressions.user_UF[self.data.user_N[row_C]],
-                self.impressions.context(row_C),
+                self.impressions.context_NX[row_C],
                 self.item_feature_VI.numpy()[item_C],
                 item_C[:, None],
             ],

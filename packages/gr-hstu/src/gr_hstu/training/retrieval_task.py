@@ -24,6 +24,7 @@ from gr_hstu.training.loop import Options, Progress, fit
 from gr_hstu.training.progress import Reporter
 from gr_hstu.training.retrieval import RetrievalObjective, RetrievalScorer
 from gr_hstu.training.sasrec import SASRec
+from gr_hstu.training.warm_start import item_vectors
 
 KINDS = ("hstu", "sasrec")
 
@@ -55,7 +56,10 @@ class RetrievalTask:
             max_seq_len=s.max_history,
             dropout=s.dropout,
             input_dropout=s.dropout,
-            temperature=s.temperature,
+            item_l2_norm=s.normalised,
+            user_norm="l2" if s.normalised else "layer_norm",
+            temperature=s.temperature if s.normalised else 1.0,
+            relative_bias=s.relative_bias,
             signal_cardinalities=tuple(f.cardinality for f in s.signals),
         )
 
@@ -64,17 +68,26 @@ class RetrievalTask:
         s = self.settings
         with torch.random.fork_rng():
             torch.manual_seed(seed)
+            model: Any
             if kind == "hstu":
-                return HSTURetrieval(self.config())
-            return SASRec(
-                len(self.catalogue),
-                s.d_model,
-                s.num_layers,
-                s.num_heads,
-                s.max_history,
-                s.sasrec_dropout,
-                tuple(f.cardinality for f in s.signals),
-            )
+                model = HSTURetrieval(self.config())
+                table = model.items.weight
+            else:
+                model = SASRec(
+                    len(self.catalogue),
+                    s.d_model,
+                    s.num_layers,
+                    s.num_heads,
+                    s.max_history,
+                    s.sasrec_dropout,
+                    tuple(f.cardinality for f in s.signals),
+                )
+                table = model.item.weight
+        if s.warm_start:
+            vectors_VD = item_vectors(self.data, self.split.train_N, s.d_model, s.warm_start)
+            with torch.no_grad():
+                table.copy_(torch.from_numpy(vectors_VD))
+        return model
 
     def objective(self, kind: str) -> RetrievalObjective:
         s = self.settings
@@ -88,8 +101,8 @@ class RetrievalTask:
             loss=s.loss,
             negatives=s.negatives,
             batch_size=s.batch_size,
-            # SASRec's scores are unbounded dot products.
-            temperature=s.temperature if kind == "hstu" else 1.0,
+            # SASRec's scores are dot products.
+            temperature=self.config().temperature if kind == "hstu" else 1.0,
         )
 
     def train(

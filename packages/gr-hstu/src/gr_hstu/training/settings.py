@@ -48,8 +48,14 @@ class RetrievalSettings:
     sasrec_dropout: float = 0.2
     loss: str = "full"
     negatives: int = 128
-    batch_size: int = 128
+    batch_size: int = 64
+    normalised: bool = True
+    """Cosines over ``temperature`` as scores; else dot products with items of free length."""
     temperature: float = 0.05
+    warm_start: float = 0.0
+    """Mean length of item vectors from co-occurrence counts to start from; 0 starts at random."""
+    relative_bias: bool = True
+    """Learned bias by position and time differences; without it the model reads no times."""
     positive: str | None = None
     """Signal that makes a row worth predicting in the evaluation; None: every row is."""
     other_weight: float = 1.0
@@ -70,15 +76,17 @@ class RankingSettings:
 
     model: str = "mtgr"
     d_model: int = 64
-    embedding_dim: int = 32
+    embedding_dim: int = 16
     num_layers: int = 2
     num_heads: int = 2
     mlp_dim: int = 64
-    max_history: int = 48
-    truncate_step: int = 16
+    max_history: int = 32
+    truncate_step: int = 8
     realtime_window_s: int = 0
     dropout: float = 0.2
-    batch_size: int = 128
+    batch_size: int = 256
+    within_user: float = 0.3
+    """Weight of the contrast between impressions of the same user."""
     heads: Mapping[str, str] = field(default_factory=dict)
     """Head -> label: the name of a binary signal, or ``returns_next_day``."""
     head_weights: Mapping[str, float] = field(default_factory=dict)
@@ -98,7 +106,7 @@ RETRIEVAL: Mapping[str, RetrievalSettings] = {
         dropout=0.5,
         sasrec_dropout=0.5,
         batch_size=32,
-        options=Options(max_epochs=120, patience=12),
+        options=Options(max_epochs=60, patience=10),
         co_occurrence={
             "item co-occurrence, cosine, whole history": CoOccurrenceSettings(),
             "item co-occurrence, directed, window 10, last 5": CoOccurrenceSettings(10, 5),
@@ -215,6 +223,11 @@ def ranking_split(data: Interactions) -> Split:
     if data.name == "kuairand-pure":
         return protocols.ranking_by_time(data, KUAIRAND_VALIDATION_MS, KUAIRAND_TEST_MS)
     validation_ms, test_ms = np.quantile(data.timestamp_ms_N, [0.8, 0.9])
+    if int(test_ms) <= int(validation_ms):
+        raise ValueError(
+            f"{data.name}: 80 % and 90 % of its events end at the same time, so that it cannot be "
+            "split by time; ranking needs events spread over time"
+        )
     return protocols.ranking_by_time(data, int(validation_ms), int(test_ms))
 
 
