@@ -1,7 +1,7 @@
 """The server under load: requests a second and latencies, beside a bare gRPC server.
 
     python benchmarks/serving.py                       the platform's own cost, with a trivial model
-    python benchmarks/serving.py --models DIR          also with the models of a repository
+    python benchmarks/serving.py --config FILE         also with the models of a configuration
     python benchmarks/serving.py --quick               a short look
 
 Server and load are processes of their own. Within a round every side is measured once, one after
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="*", default=[500, 1000, 2000])
     parser.add_argument("--rows", type=int, nargs="*", default=[0, 512])
     parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=SIDES)
-    parser.add_argument("--models", type=Path, help="a model repository to be served as well")
+    parser.add_argument("--config", type=Path, help="a configuration to be served as well")
     parser.add_argument("--json", type=Path, default=HERE / "results" / "serving.json")
     parser.add_argument("--quick", action="store_true", help="one short round, nothing is written")
     options = parser.parse_args()
@@ -65,12 +65,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
         sides = {side: (Path(folder), range(1, 7001)) for side in options.sides}
         write_trivial_model(Path(folder))
-        if options.models is not None:
-            sides["model"] = (options.models, known_items(options.models))
+        if options.config is not None:
+            sides["model"] = (options.config, known_items(options.config))
         client = running.enter_context(process([str(LOAD / "client.py")]))
         servers = {}
-        for side, (models, _) in sides.items():
-            server = running.enter_context(process([str(LOAD / "sides.py"), side, str(models)]))
+        for side, (path, _) in sides.items():
+            server = running.enter_context(process([str(LOAD / "sides.py"), side, str(path)]))
             servers[side] = (read(server), server.pid)
         total, done = options.rounds * len(options.rows) * len(loads) * len(sides), 0
         for number in range(options.rounds):
@@ -116,14 +116,16 @@ def write_trivial_model(folder: Path) -> None:
     trivial_plugin.write_model(folder)
 
 
-def known_items(models: Path) -> list[int]:
-    """Item ids of a repository's first catalogue."""
+def known_items(file: Path) -> list[int]:
+    """Item ids of the first model that a configuration serves."""
+    from gr_core.config import Config
     from gr_core.repository import ModelRepository
 
-    repository = ModelRepository(models)
-    name = repository.names()[0]
-    bundle = repository.bundle(name, repository.active(name))
-    return [int(i) for i in bundle.catalogue().ids if isinstance(i, int) or str(i).isdecimal()]
+    config = Config.load(file, environ={})
+    repository = ModelRepository(config.repository.path)
+    name = config.models[0].name if config.models else repository.names()[0]
+    ids = repository.bundle(name, repository.active(name)).catalogue().ids
+    return [int(i) for i in ids if isinstance(i, int) or str(i).isdecimal()]
 
 
 def versions() -> dict[str, str]:

@@ -1,9 +1,10 @@
-"""The servers that are compared, each run as a process: ``python sides.py SIDE FOLDER``.
+"""The servers that are compared, each run as a process: ``python sides.py SIDE PATH``.
 
 ``bare``      a grpc.aio server on uvloop that parses the request and fills an answer of ten items
 ``server``    the server of gr-serve-grpc before a pipeline that answers at once
-``platform``  the same before the real pipeline with a model that costs next to nothing
-``model``     the same with the models of a repository
+``platform``  the same before the real pipeline with a model that costs next to nothing, whose
+              repository is PATH
+``model``     the same with the models of the configuration PATH
 
 Prints the address when it is ready and serves until its standard input ends.
 """
@@ -78,17 +79,17 @@ async def serve_bare(stop: asyncio.Event, ready: Callable[[Sequence[str]], None]
     await server.stop(1)
 
 
-async def serve(side: str, folder: Path, stop: asyncio.Event, ready) -> None:
+async def serve(side: str, path: Path, stop: asyncio.Event, ready) -> None:
     observer = PrometheusObserver(PrometheusSettings())
     pipeline: Pipeline | InstantPipeline = InstantPipeline()
     if side == "platform":
         import trivial_plugin
 
         environment = Environment(trivial_plugin.REGISTRY, observers=Observers([observer]))
-        repository = ModelRepository(folder)
+        repository = ModelRepository(path)
         pipeline = Pipeline(repository, [ModelSpec("trivial")], [], environment, poll_seconds=0)
     elif side == "model":
-        config = Config.load(flags={"repository.path": str(folder)}, environ={})
+        config = Config.load(path, environ={})
         pipeline = Pipeline.from_config(config, PluginHost.discover().registry, [observer])
     if isinstance(pipeline, Pipeline):
         await pipeline.start()
@@ -97,14 +98,14 @@ async def serve(side: str, folder: Path, stop: asyncio.Event, ready) -> None:
         await pipeline.close()
 
 
-async def main(side: str, folder: Path) -> None:
+async def main(side: str, path: Path) -> None:
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     loop.add_reader(sys.stdin.fileno(), stop.set)
 
     def ready(addresses: Sequence[str]) -> None:
         print(addresses[0], flush=True)
 
-    await (serve_bare(stop, ready) if side == "bare" else serve(side, folder, stop, ready))
+    await (serve_bare(stop, ready) if side == "bare" else serve(side, path, stop, ready))
 
 
 if __name__ == "__main__":
