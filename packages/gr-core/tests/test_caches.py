@@ -90,6 +90,16 @@ def test_a_value_larger_than_the_cache_replaces_nothing_but_its_own_key() -> Non
     assert cache.get(b"b") == "kept"
 
 
+def test_what_was_used_last_stays_longest() -> None:
+    cache = MemoryCache(33)
+    for key in (b"a", b"b", b"c"):
+        cache.put(key, key, 10)
+    assert cache.get(b"a") == b"a"
+    cache.put(b"d", b"d", 10)
+    assert [cache.get(key) for key in (b"a", b"b", b"c", b"d")] == [b"a", None, b"c", b"d"]
+    assert cache.statistics().evictions == 1
+
+
 def test_a_cache_without_room_is_a_mistake() -> None:
     with pytest.raises(ValueError, match="capacity_bytes: 0, expected at least 1"):
         MemoryCache(0)

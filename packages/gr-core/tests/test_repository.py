@@ -54,6 +54,13 @@ def test_versions_come_in_natural_order(tmp_path: Path) -> None:
     assert repository.active("mean") == "v10"
 
 
+def test_versions_that_are_equal_in_natural_order_have_one_all_the_same(tmp_path: Path) -> None:
+    equal = ["1", "01", "0001", "001", "00001", "0000001", "000001"]
+    for version in equal:
+        write_model(tmp_path, "mean", version)
+    assert ModelRepository(tmp_path).versions("mean") == sorted(equal)
+
+
 names = st.from_regex(r"[a-z0-9][a-z0-9.]{0,3}", fullmatch=True)
 
 
