@@ -269,6 +269,16 @@ async def test_processes_may_share_a_port(serve):
             pass
 
 
+async def test_connections_grow_old_and_no_request_suffers(serve):
+    async with (
+        serve(max_connection_age_s=0.2) as running,
+        AsyncClient(running.address, retries=ONCE) as client,
+    ):
+        started = asyncio.get_running_loop().time()
+        while asyncio.get_running_loop().time() - started < 1.5:
+            assert (await client.recommend(k=1)).items
+
+
 # ── Reflection ───────────────────────────────────────────────────────────────────────────────────
 
 

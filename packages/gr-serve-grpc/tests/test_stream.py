@@ -112,6 +112,20 @@ async def test_each_request_has_a_deadline_of_its_own(serve, control):
         assert answers[1].result().items
 
 
+async def test_a_stream_outlives_the_deadlines_of_its_requests(serve):
+    async with (
+        serve(default_timeout_s=0.3) as running,
+        grpc.aio.insecure_channel(running.address) as channel,
+    ):
+        call = pb_grpc.RecommenderServiceStub(channel).RecommendStream()
+        for i in range(3):
+            inner = pb.RecommendRequest(request_id=str(i))
+            await call.write(pb.RecommendStreamRequest(request=inner))
+            assert (await call.read()).response.items
+            await asyncio.sleep(0.25)
+        await call.done_writing()
+
+
 async def test_bytes_that_are_no_message_end_no_stream(serve):
     async with serve() as running, grpc.aio.insecure_channel(running.address) as channel:
         call = channel.stream_stream("/gr.v1.RecommenderService/RecommendStream")(timeout=20)

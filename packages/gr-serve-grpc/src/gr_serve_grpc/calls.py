@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -140,7 +141,7 @@ class Calls:
             return answer
 
         async def call(data: bytes, context: Context) -> bytes:
-            this = self._enter(context, method, metrics)
+            this = self._enter(context, method, metrics, self._settings.default_timeout_s)
             return await self._around(this, metrics, admitted(data, this))
 
         return grpc.unary_unary_rpc_method_handler(call)
@@ -150,7 +151,7 @@ class Calls:
         metrics = self._call_metrics(service, method, "bidi_stream")
 
         async def call(_: Any, context: Context) -> None:
-            this = self._enter(context, method, metrics)
+            this = self._enter(context, method, metrics, math.inf)
             await self._around(this, metrics, handle(this))
 
         return grpc.stream_stream_rpc_method_handler(call)
@@ -179,7 +180,10 @@ class Calls:
             return None
         return CallMetrics(self._metrics, service, method, kind)
 
-    def _enter(self, context: Context, method: str, metrics: CallMetrics | None) -> Call:
+    def _enter(
+        self, context: Context, method: str, metrics: CallMetrics | None, timeout_s: float
+    ) -> Call:
+        """``timeout_s`` is for calls that come without a deadline."""
         if metrics is not None:
             metrics.started()
         self._open += 1
@@ -187,7 +191,7 @@ class Calls:
             self._idle.clear()
         remaining = context.time_remaining()
         if remaining is None:
-            remaining = self._settings.default_timeout_s
+            remaining = timeout_s
         return Call(context, method, time.monotonic() + remaining, time.perf_counter())
 
     def _leave(self, call: Call, code: grpc.StatusCode, metrics: CallMetrics | None) -> None:

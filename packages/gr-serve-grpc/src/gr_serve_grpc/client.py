@@ -184,6 +184,9 @@ class _Common:
     _options = (
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        # A server that is gone without a word ends streams, which have no deadline.
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 5000),
@@ -212,7 +215,8 @@ class _Common:
 class _Unanswered:
     """The requests of a stream that were sent and not yet answered."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
         self._ids: dict[str, None] = {}
 
     def message(self, request: RecommendRequest) -> pb.RecommendStreamRequest:
@@ -220,9 +224,10 @@ class _Unanswered:
             request = replace(request, request_id=uuid.uuid4().hex)
         self._ids[request.request_id] = None
         message = pb.RecommendStreamRequest(request=message_from_request(request))
+        seconds = self._timeout_s
         if request.deadline is not None:
-            seconds = max(request.deadline - time.monotonic(), 0)
-            message.timeout.FromNanoseconds(int(seconds * 1e9))
+            seconds = min(seconds, max(request.deadline - time.monotonic(), 0))
+        message.timeout.FromNanoseconds(int(seconds * 1e9))
         return message
 
     def answer(self, message: pb.RecommendStreamResponse) -> StreamAnswer:
@@ -283,13 +288,13 @@ class Client(_Common):
     ) -> Iterator[StreamAnswer]:
         """Answers many requests over one stream, in the order in which they are finished.
 
-        ``requests`` is read on another thread, as far ahead as the server allows. If the stream
-        ends early, what was sent and not answered is yielded with the error, which is then raised.
+        ``timeout_s`` is for each request. ``requests`` is read on another thread, as far ahead as
+        the server allows. If the stream ends early, what was sent and not answered is yielded with
+        the error, which is then raised.
         """
-        unanswered = _Unanswered()
+        unanswered = _Unanswered(self._timeout_s if timeout_s is None else timeout_s)
         call = self._recommender.RecommendStream(
             map(unanswered.message, requests),
-            timeout=self._timeout_s if timeout_s is None else timeout_s,
             metadata=self._metadata,
         )
         try:
@@ -399,10 +404,11 @@ class AsyncClient(_Common):
     ) -> AsyncIterator[StreamAnswer]:
         """Answers many requests over one stream, in the order in which they are finished.
 
-        ``requests`` is read as far ahead as the server allows. If the stream ends early, what was
-        sent and not answered is yielded with the error, which is then raised.
+        ``timeout_s`` is for each request. ``requests`` is read as far ahead as the server allows.
+        If the stream ends early, what was sent and not answered is yielded with the error, which
+        is then raised.
         """
-        unanswered = _Unanswered()
+        unanswered = _Unanswered(self._timeout_s if timeout_s is None else timeout_s)
 
         async def messages() -> AsyncIterator[pb.RecommendStreamRequest]:
             if isinstance(requests, AsyncIterable):
@@ -414,7 +420,6 @@ class AsyncClient(_Common):
 
         call = self._recommender.RecommendStream(
             messages(),
-            timeout=self._timeout_s if timeout_s is None else timeout_s,
             metadata=self._metadata,
         )
         try:

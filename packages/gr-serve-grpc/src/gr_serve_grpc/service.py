@@ -158,9 +158,10 @@ class RecommenderMethods:
 
     def _parse_streamed(self, data: bytes, call: Call) -> RecommendRequest:
         message = parsed(pb.RecommendStreamRequest, data, self._settings.max_receive_bytes)
+        timeout_s = self._settings.default_timeout_s
         if message.HasField("timeout"):
-            timeout = message.timeout.ToNanoseconds() / 1e9
-            call.deadline = min(call.deadline, time.monotonic() + timeout)
+            timeout_s = message.timeout.ToNanoseconds() / 1e9
+        call.deadline = min(call.deadline, time.monotonic() + timeout_s)
         if not message.request.request_id:
             raise InvalidRequest([Violation("request_id", "empty, expected an id")])
         return self._request(message.request, call, message.request.request_id)
