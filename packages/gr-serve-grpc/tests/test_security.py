@@ -19,8 +19,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from gr_core.errors import ConfigurationError, Unavailable
 from gr_serve_grpc.auth import Tokens
 from gr_serve_grpc.client import AsyncClient, CallError, Retries, Tls
+from gr_serve_grpc.metrics import PrometheusObserver
 from gr_serve_grpc.server import GrpcServer
-from gr_serve_grpc.settings import GrpcSettings, parse_settings
+from gr_serve_grpc.settings import GrpcSettings, PrometheusSettings, parse_settings
 
 ONCE = Retries(attempts=1)
 TOKEN, OTHER = "a-token-of-24-characters", "another-token-that-counts"
@@ -140,7 +141,8 @@ async def test_tokens_from_a_file(serve, tmp_path: Path, caplog):
     caplog.set_level("DEBUG")
     file = tmp_path / "tokens"
     file.write_text(f"{TOKEN}\n{OTHER}\n")
-    async with serve(token_file=file, access_log=True) as running:
+    observer = PrometheusObserver(PrometheusSettings())
+    async with serve(token_file=file, access_log=True, observers=[observer]) as running:
         assert await code_with(running.address, TOKEN) == "OK"
         assert await code_with(running.address, OTHER) == "OK"
         for wrong in (None, "", "x", TOKEN + "x", TOKEN[:-1], TOKEN.upper()):
@@ -159,6 +161,7 @@ async def test_tokens_from_a_file(serve, tmp_path: Path, caplog):
         async with AsyncClient(running.address, token="no", retries=ONCE) as client:
             with pytest.raises(CallError, match="UNAUTHENTICATED"):
                 await anext(client.recommend_stream([]))
+    assert observer.registry.get_sample_value("gr_unauthenticated_total") == 8
     assert not any(TOKEN in str(vars(record)) for record in caplog.records)
 
 

@@ -226,9 +226,15 @@ class Calls:
 class Gate(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     """Finds the handlers of calls; refuses calls without an accepted token before reading them."""
 
-    def __init__(self, handlers: Iterable[Handlers], tokens: Tokens | None) -> None:
+    def __init__(
+        self,
+        handlers: Iterable[Handlers],
+        tokens: Tokens | None,
+        metrics: PrometheusObserver | None,
+    ) -> None:
         self._handlers = tuple(handlers)
         self._tokens = tokens
+        self._metrics = metrics
         # Whatever kind of method was called: this ends the call before it reads.
         self._refusal = grpc.stream_stream_rpc_method_handler(self._refuse)
 
@@ -241,8 +247,9 @@ class Gate(grpc.GenericRpcHandler):  # type: ignore[type-arg]
                 return found
         return None
 
-    @staticmethod
-    async def _refuse(_: Any, context: Context) -> None:
+    async def _refuse(self, _: Any, context: Context) -> None:
+        if self._metrics is not None:
+            self._metrics.unauthenticated.inc()
         await context.abort(
             Code.UNAUTHENTICATED,
             "expected metadata 'authorization: Bearer TOKEN' with a valid token",

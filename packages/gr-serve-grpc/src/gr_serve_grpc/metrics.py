@@ -14,7 +14,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc
-from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+    start_http_server,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -38,19 +44,19 @@ class CallMetrics:
     """The metrics of one gRPC method."""
 
     def __init__(self, observer: PrometheusObserver, service: str, method: str, kind: str) -> None:
-        labels = {"grpc_type": kind, "grpc_service": service, "grpc_method": method}
-        self._started = observer.started.labels(**labels)
-        self._seconds = observer.handling_seconds.labels(**labels)
-        self._handled = {
-            code: observer.handled.labels(**labels, grpc_code=_code_name(code))
-            for code in grpc.StatusCode
-        }
+        self._labels = (kind, service, method)
+        self._started = observer.started.labels(*self._labels)
+        self._seconds = observer.handling_seconds.labels(*self._labels)
+        self._handled = observer.handled
+        self._by_code: dict[grpc.StatusCode, Counter] = {}
 
     def started(self) -> None:
         self._started.inc()
 
     def handled(self, code: grpc.StatusCode, seconds: float) -> None:
-        self._handled[code].inc()
+        if code not in self._by_code:
+            self._by_code[code] = self._handled.labels(*self._labels, _code_name(code))
+        self._by_code[code].inc()
         self._seconds.observe(seconds)
 
 
@@ -75,6 +81,10 @@ class PrometheusObserver(Observer):
         )
         self.handling_seconds = self._histogram(
             "grpc_server_handling_seconds", "Seconds from an RPC's start to its end.", call, SECONDS
+        )
+
+        self.unauthenticated = self._counter(
+            "gr_unauthenticated", "Calls without an accepted token, which are not read.", ()
         )
 
         stage = ("model", "version", "task", "engine")
@@ -250,6 +260,8 @@ class PipelineCollector(Collector):
 
 def prometheus_observer(settings: Mapping[str, Any]) -> PrometheusObserver:
     """The observer ``prometheus``, with its page open."""
+    # Otherwise each series has a gauge beside it that says when it began.
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     observer = PrometheusObserver(
         parse_settings(PrometheusSettings, settings, "observers.prometheus")
     )

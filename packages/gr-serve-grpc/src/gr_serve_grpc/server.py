@@ -75,7 +75,8 @@ class GrpcServer:
             maximum_concurrent_rpcs=2 * settings.max_concurrent_requests,
         )
         health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-        server.add_generic_rpc_handlers((Gate(self._handlers(calls, methods), self._tokens),))
+        handlers = self._handlers(calls, methods)
+        server.add_generic_rpc_handlers((Gate(handlers, self._tokens, self._metrics),))
         address = self._bind(server)
         for name in HEALTH_NAMES:
             await healthy.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
