@@ -368,6 +368,20 @@ async def test_a_request_that_fails_by_itself_is_not_computed_twice(bench) -> No
     assert one.computed() == [[13]]
 
 
+async def test_an_engine_that_wants_to_exit_fails_its_request_alone(bench) -> None:
+    one = bench()
+    right = one.engine.answer
+
+    def leave(batch: Sequence[EncodedRequest]) -> Sequence[InferenceResult]:
+        raise SystemExit(1)
+
+    one.engine.answer = leave
+    with pytest.raises(RuntimeError, match="SystemExit"):
+        await one.batcher.infer(encoded(1))
+    one.engine.answer = right
+    assert (await one.batcher.infer(encoded(2))).result.scores.item() == 2
+
+
 async def test_an_engine_that_gives_a_wrong_number_of_results_is_found_out(bench) -> None:
     one = bench()
     right = one.engine.answer

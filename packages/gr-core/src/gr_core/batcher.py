@@ -213,7 +213,12 @@ class MicroBatcher:
         )
 
     def _infer(self, requests: list[EncodedRequest]) -> Sequence[InferenceResult]:
-        results = self._engine.infer(requests)
+        try:
+            results = self._engine.infer(requests)
+        except Exception:
+            raise
+        except BaseException as error:  # a library's SystemExit must not end this thread
+            raise RuntimeError(f"{self._name} raised {type(error).__name__}: {error}") from error
         if len(results) != len(requests):
             raise RuntimeError(f"{self._name}: {len(results)} results for {len(requests)} requests")
         return results
