@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -150,7 +149,7 @@ def train(data: str, data_dir: Path | None, task: str, out: Path, **options: Any
 
     if out.exists() and not options["overwrite"]:
         raise UserError(f"{out}: exists; choose another folder, or say --overwrite")
-    command = shlex.join(["gr", *sys.argv[1:]])
+    command = _reproduction(data, task, out, options)
     interactions = _load(data, data_dir, options.pop("threads"))
     run = experiments.train_retrieval if task == "retrieval" else experiments.train_ranking
     try:
@@ -302,6 +301,20 @@ def params(preset: str | None, as_json: bool) -> None:
         click.echo(f"  {name}: {rows:,} x {width} = {rows * width:,}")
     if len(count.tables) > 12:
         click.echo(f"  and {len(count.tables) - 12} smaller tables")
+
+
+def _reproduction(data: str, task: str, out: Path, options: dict[str, Any]) -> str:
+    """The command for the model card: what decides the result, and no paths of this machine."""
+    words = ["gr", "hstu", "train", "--data", Path(data).name, "--task", task]
+    for flag, values in (("--head", options["heads"]), ("--set", options["changes"])):
+        for name, value in values.items():
+            words += [flag, f"{name}={value}"]
+    words += ["--seed", str(options["seed"]), "--dtype", options["dtype"]]
+    if options["sasrec"]:
+        words.append("--sasrec")
+    if options["samples"]:
+        words += ["--samples", str(options["samples"])]
+    return shlex.join([*words, "--out", "/".join(out.parts[-2:])])
 
 
 def _load(data: str, data_dir: Path | None, threads: int | None) -> Interactions:

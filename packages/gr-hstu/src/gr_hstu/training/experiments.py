@@ -270,7 +270,8 @@ def _changed(base: Settings, changes: Mapping[str, str]) -> Settings:
     """Settings with fields of theirs, or of their training options, replaced by flags."""
     own = {f.name: getattr(base, f.name) for f in fields(base)}
     options = {f.name: getattr(base.options, f.name) for f in fields(Options)}
-    mine, training = {}, {}
+    mine: dict[str, Any] = {}
+    training: dict[str, Any] = {}
     for name, text in changes.items():
         values, target = (options, training) if name in options else (own, mine)
         current = values.get(name)

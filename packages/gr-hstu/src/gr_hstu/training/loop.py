@@ -154,7 +154,7 @@ def _step(
             group["lr"] = options.learning_rate * min(1.0, (done + 1) / options.warmup_steps)
     optimizer.zero_grad(set_to_none=True)
     loss = objective.loss(model, plans[progress.step])
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     if options.max_grad_norm:
         nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm)
     optimizer.step()

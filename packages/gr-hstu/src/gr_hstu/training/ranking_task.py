@@ -159,7 +159,9 @@ class RankingTask:
         """
         train, test = self.train_cases, self.split.test
         item_N, label_NH = self.data.item_N, self.training_labels()
-        popularity, logistic, with_history = [], [], []
+        popularity: list[np.ndarray] = []
+        logistic: list[np.ndarray] = []
+        with_history: list[np.ndarray] = []
         plain = [self._plain_features(c) for c in (train, test)]
         full = [
             np.concatenate([p, self._history_aggregates(c)], axis=1)

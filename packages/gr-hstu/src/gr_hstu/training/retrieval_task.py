@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,13 +126,11 @@ class RetrievalTask:
 
     def baselines(self) -> dict[str, Callable[[], Scorer]]:
         """Counting baselines, fitted on all that precedes the test, validation included."""
-        rows_N = self.split.refit_N
-        positive_N = defaults.positives(self.data, self.settings.positive)
-        out: dict[str, Callable[[], Scorer]] = {"popularity": lambda: Popularity(self.data, rows_N)}
-        if self.settings.positive is not None:
-            out[f"popularity of {self.settings.positive}"] = lambda: Popularity(
-                self.data, rows_N & positive_N
-            )
+        data, rows_N, positive = self.data, self.split.refit_N, self.settings.positive
+        out: dict[str, Callable[[], Scorer]] = {"popularity": partial(Popularity, data, rows_N)}
+        if positive is not None:
+            positive_N = rows_N & defaults.positives(data, positive)
+            out[f"popularity of {positive}"] = partial(Popularity, data, positive_N)
         for name, parameters in self.settings.co_occurrence.items():
-            out[name] = lambda p=parameters: CoOccurrence(self.data, rows_N, **asdict(p))
+            out[name] = partial(CoOccurrence, data, rows_N, **asdict(parameters))
         return out

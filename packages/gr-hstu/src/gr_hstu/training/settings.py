@@ -116,11 +116,19 @@ RETRIEVAL: Mapping[str, RetrievalSettings] = {
         },
     ),
     "kuairand-pure": RetrievalSettings(
+        d_model=128,
+        dropout=0.3,
+        sasrec_dropout=0.3,
         loss="shared",
         negatives=2048,
+        normalised=False,
+        warm_start=0.3,
+        # Most behaviours have no time of their own, so there is nothing to learn from gaps.
+        relative_bias=False,
+        other_weight=0.0,
         positive="is_long_view",
         signals=_KUAIRAND_SIGNALS,
-        options=Options(max_epochs=20, patience=2),
+        options=Options(max_epochs=12, patience=2),
         co_occurrence={
             "item co-occurrence, cosine, whole history": CoOccurrenceSettings(),
             "item co-occurrence, directed, window 10, last 5": CoOccurrenceSettings(10, 5),

@@ -28,6 +28,7 @@ def item_vectors(data: Interactions, rows_N: BoolArray, width: int, norm: float)
         lambda x: symmetric_VV @ x, len(data.items) + 1, width
     )
     out = (vector_VK * np.sqrt(np.maximum(value_K, 0))).astype(np.float32)
+    out[np.asarray(symmetric_VV.sum(axis=0)).reshape(-1) == 0] = 0  # rounding errors only
     length = np.linalg.norm(out[1:], axis=1)
     return out * (norm / max(float(length[length > 0].mean()), 1e-9))
 
