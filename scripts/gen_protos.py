@@ -77,7 +77,7 @@ def main() -> int:
 def generate(out: Path) -> Any:
     """Writes the code of all protos to ``out`` and returns their FileDescriptorSet."""
     import google.rpc  # type: ignore[import-untyped]
-    import grpc_tools  # type: ignore[import-untyped]
+    import grpc_tools
     from google.protobuf import descriptor_pb2
     from grpc_tools import protoc
 
