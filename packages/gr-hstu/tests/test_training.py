@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,22 +129,23 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("stop", [1, 7, 40, 62])
-def test_a_resumed_run_is_bit_identical(tmp_path: Path, stop: int) -> None:
+@pytest.mark.parametrize(("stop", "decay"), [(1, 0.9), (7, 0.0), (40, 0.9), (62, 0.0)])
+def test_a_resumed_run_is_bit_identical(tmp_path: Path, stop: int, decay: float) -> None:
     task = retrieval_task()
+    options = replace(OPTIONS, average_decay=decay)
     straight = task.new_model("hstu", seed=3)
-    whole = task.train(straight, "hstu", OPTIONS)
+    whole = task.train(straight, "hstu", options)
 
     model = task.new_model("hstu", seed=3)
     objective = task.objective("hstu")
     with pytest.raises(Interrupted):
         # stop_after_steps of every call, until the run is through
-        fit(model, objective, OPTIONS, tmp_path, stop_after_steps=1)
+        fit(model, objective, options, tmp_path, stop_after_steps=1)
     for _ in range(100):
         model = task.new_model("hstu", seed=99)  # the checkpoint decides, not this
         torch.rand(7)  # nor what else draws random numbers
         try:
-            resumed = fit(model, objective, OPTIONS, tmp_path, stop_after_steps=stop)
+            resumed = fit(model, objective, options, tmp_path, stop_after_steps=stop)
             break
         except Interrupted:
             continue
@@ -182,6 +184,30 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_run() -> None:
     assert (progress.best_epoch, progress.epoch, progress.finished) == (1, 4, True)
     assert model.weight.item() == seen[1]
     assert not model.training
+
+
+def test_the_average_of_the_weights_is_kept() -> None:
+    class Objective:
+        def epoch(self, draw: np.random.Generator) -> list[int]:
+            return [0] * 5
+
+        def loss(self, model: nn.Linear, plan: int) -> Tensor:
+            walked.append(model.weight.item())
+            return model.weight.sum()
+
+        def validate(self, model: nn.Linear) -> float:
+            return 1.0
+
+    walked: list[float] = []
+    model = nn.Linear(1, 1, bias=False)
+    fit(model, Objective(), Options(max_epochs=1, average_decay=0.9))
+    step = walked[1] - walked[0]
+    after = [*walked[1:], walked[-1] + step]
+    average = after[0]
+    for done, weight in enumerate(after[1:], start=2):
+        decay = min(0.9, (1 + done) / (10 + done))
+        average = decay * average + (1 - decay) * weight
+    assert model.weight.item() == pytest.approx(average, rel=1e-4)
 
 
 def test_an_interrupt_leaves_a_state_to_go_on_from(tmp_path: Path) -> None:
@@ -433,7 +459,7 @@ def test_within_user_softmax_by_hand() -> None:
     label = torch.tensor([[1.0], [0.0], [0.0], [0.0], [1.0]])
     user = torch.tensor([1, 1, 1, 2, 3])
     # Only user 1 has both; users 2 and 3 are not compared with each other.
-    expected = F.cross_entropy(logits[:3].T, torch.tensor([0])) / 5  # 5 observed labels
+    expected = F.cross_entropy(logits[:3].T, torch.tensor([0])) / 5  # observed labels
     found = losses.within_user_softmax(logits, label, user)
     torch.testing.assert_close(found, expected)
     found.backward()

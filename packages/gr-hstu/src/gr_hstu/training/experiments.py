@@ -68,8 +68,8 @@ def train_retrieval(
         },
         tables=[table],
         notes=[
-            "Counting baselines are fitted on all that precedes the test, validation included; "
-            "the model has seen the training part only.",
+            "The models are trained on the training part alone; baselines with validation rows "
+            "have seen more.",
             "Intervals: bootstrap over users, 1,000 resamples.",
             *_time_notes(data),
         ],

@@ -52,6 +52,8 @@ class Options:
     weight_decay: float = 0.0
     warmup_steps: int = 0
     max_grad_norm: float = 0.0
+    average_decay: float = 0.0
+    """Of a running average of the weights, which is validated and kept in their place; 0: none."""
     checkpoint_seconds: float = 60.0
 
     def __post_init__(self) -> None:
@@ -122,14 +124,13 @@ def fit(
                 loss = _step(model, objective, optimizer, options, progress, plans)
                 progress.loss_sum += loss
                 progress.step += 1
+                run.follow()
                 steps_left = None if steps_left is None else steps_left - 1
                 reporter.step(loss)
                 if time.monotonic() - saved_at > options.checkpoint_seconds:
                     run.save()
                     saved_at = time.monotonic()
-            model.eval()
-            with torch.no_grad():
-                metric = float(objective.validate(model))
+            metric = run.validate(objective)
             line = run.end_epoch(metric, len(plans), time.monotonic() - began)
             reporter.end_epoch(line)
             run.save()
@@ -176,6 +177,32 @@ class _Run:
     best: dict[str, Tensor]
     folder: Path | None
     identity: Mapping[str, Any]
+    average: dict[str, Tensor] = field(default_factory=dict)
+
+    def follow(self) -> None:
+        """Moves the average towards the weights; quickly at first, when there is little to keep."""
+        limit = self.options.average_decay
+        if not limit:
+            return
+        if not self.average:
+            self.average = _copy(self.model)
+            return
+        steps = next(iter(self.optimizer.state.values()))["step"].item()
+        decay = min(limit, (1 + steps) / (10 + steps))
+        for name, tensor in self.model.state_dict().items():
+            if tensor.is_floating_point():
+                self.average[name].lerp_(tensor, 1 - decay)
+
+    def validate(self, objective: Objective) -> float:
+        """The metric of the weights that would be kept, which are left in ``candidate``."""
+        self.candidate = _copy(self.model) if not self.average else dict(self.average)
+        training = _copy(self.model)
+        self.model.load_state_dict(self.candidate)
+        self.model.eval()
+        with torch.no_grad():
+            metric = float(objective.validate(self.model))
+        self.model.load_state_dict(training)
+        return metric
 
     def end_epoch(self, metric: float, steps: int, seconds: float) -> str:
         p = self.progress
@@ -183,7 +210,7 @@ class _Run:
         p.history.append({"epoch": p.epoch, "loss": loss, "metric": metric})
         if metric > p.best_metric:
             p.best_metric, p.best_epoch = metric, p.epoch
-            self.best = _copy(self.model)
+            self.best = {name: tensor.clone() for name, tensor in self.candidate.items()}
         line = (
             f"epoch {p.epoch}: loss {loss:.4f}, validation {metric:.4f} "
             f"(best {p.best_metric:.4f} in epoch {p.best_epoch}), {seconds:.1f} s"
@@ -207,6 +234,7 @@ class _Run:
         tensors = {
             **checkpoint.with_prefix("model", self.model.state_dict()),
             **checkpoint.with_prefix("best", self.best),
+            **checkpoint.with_prefix("average", self.average),
             **checkpoint.optimizer_tensors(self.optimizer),
         }
         state = {"progress": asdict(self.progress), "run": self._identity()}
@@ -226,6 +254,7 @@ class _Run:
         except RuntimeError as error:
             raise ValueError(f"{path} belongs to another model: {error}") from None
         self.best = checkpoint.without_prefix("best", tensors)
+        self.average = checkpoint.without_prefix("average", tensors)
         checkpoint.restore_optimizer(self.optimizer, tensors)
         self.progress = Progress(**state["progress"])
 

@@ -105,6 +105,7 @@ class RankingObjective:
     ``label_NH`` is float32 with nan where an outcome is not observed. In a share ``unknown`` of
     the requests the user features, and independently each context feature, are hidden, so that
     the model knows what to do when a request lacks them. ``batch_size`` counts impressions.
+    ``item_heads`` are those that the item decides: they are contrasted, and choose the best epoch.
     """
 
     def __init__(
@@ -116,13 +117,13 @@ class RankingObjective:
         batch_size: int = 256,
         unknown: float = 0.05,
         within_user: float = 1.0,
-        metric_heads: Sequence[int] | None = None,
+        item_heads: Sequence[int] | None = None,
     ) -> None:
         self.impressions, self.label_NH = impressions, label_NH
         self.train, self.validation = impressions.requests(train), validation
         self.batch_size, self.unknown = batch_size, unknown
         self.within_user = within_user
-        self.metric_heads = metric_heads or range(label_NH.shape[1])
+        self.item_heads = list(range(label_NH.shape[1]) if item_heads is None else item_heads)
 
     def epoch(self, draw: np.random.Generator) -> Sequence[IntArray]:
         """Batches of requests: shuffled, then sorted by length within pools, so that little is
@@ -155,7 +156,9 @@ class RankingObjective:
         loss = multi_task_bce(logits_IH, label_IH)
         if self.within_user:
             user_I = torch.from_numpy(self.impressions.data.user_N[row_C]).to(logits_IH.device)
-            loss = loss + self.within_user * within_user_softmax(logits_IH, label_IH, user_I)
+            heads = self.item_heads
+            contrast = within_user_softmax(logits_IH[:, heads], label_IH[:, heads], user_I)
+            loss = loss + self.within_user * contrast
         return loss
 
     def validate(self, model: Any) -> float:
@@ -165,7 +168,7 @@ class RankingObjective:
         label_CH = self.label_NH[cases.row_C]
         user_C = self.impressions.data.user_N[cases.row_C]
         values = []
-        for head in self.metric_heads:
+        for head in self.item_heads:
             known = np.isfinite(label_CH[:, head])
             label, value = label_CH[known, head], probability_CH[known, head]
             _, by_user, weight = metrics.auc_per_user(label, value, user_C[known])

@@ -27,6 +27,7 @@ from gr_hstu.training.ranking import (
     encode_item_features,
     predict,
 )
+from gr_hstu.training.warm_start import item_vectors
 
 KINDS = ("mtgr", "hstu")
 TIME_BUCKETS = 128
@@ -121,6 +122,12 @@ class RankingTask:
                 nn.init.normal_(table.weight, std=EMBEDDING_STD)
             with torch.no_grad():
                 model.items.weight[0].zero_()
+                if self.settings.warm_start:
+                    width = model.items.embedding_dim
+                    vectors_VD = item_vectors(
+                        self.data, self.split.train_N, width, self.settings.warm_start
+                    )
+                    model.items.weight.copy_(torch.from_numpy(vectors_VD))
         model.item_features.copy_(self.item_feature_VI)
         return model
 
@@ -133,7 +140,7 @@ class RankingTask:
             self.split.validation,
             batch_size=self.settings.batch_size,
             within_user=self.settings.within_user,
-            metric_heads=[h for h, label in enumerate(labels) if label != "returns_next_day"],
+            item_heads=[h for h, label in enumerate(labels) if label != "returns_next_day"],
         )
 
     def train(

@@ -125,12 +125,18 @@ class RetrievalTask:
         return evaluate_retrieval(scorer, self.data, self.split.test)
 
     def baselines(self) -> dict[str, Callable[[], Scorer]]:
-        """Counting baselines, fitted on all that precedes the test, validation included."""
-        data, rows_N, positive = self.data, self.split.refit_N, self.settings.positive
-        out: dict[str, Callable[[], Scorer]] = {"popularity": partial(Popularity, data, rows_N)}
-        if positive is not None:
-            positive_N = rows_N & defaults.positives(data, positive)
-            out[f"popularity of {positive}"] = partial(Popularity, data, positive_N)
-        for name, parameters in self.settings.co_occurrence.items():
-            out[name] = partial(CoOccurrence, data, rows_N, **asdict(parameters))
+        """Counting baselines: fitted on the rows that models are trained on, and once more on all
+        that precedes the test, the validation period included."""
+        data, positive = self.data, self.settings.positive
+        out: dict[str, Callable[[], Scorer]] = {}
+        for suffix, rows_N in (
+            ("", self.split.train_N),
+            (", validation rows too", self.split.refit_N),
+        ):
+            out[f"popularity{suffix}"] = partial(Popularity, data, rows_N)
+            if positive is not None:
+                positive_N = rows_N & defaults.positives(data, positive)
+                out[f"popularity of {positive}{suffix}"] = partial(Popularity, data, positive_N)
+            for name, parameters in self.settings.co_occurrence.items():
+                out[name + suffix] = partial(CoOccurrence, data, rows_N, **asdict(parameters))
         return out

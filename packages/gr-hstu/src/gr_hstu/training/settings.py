@@ -79,13 +79,15 @@ class RankingSettings:
     embedding_dim: int = 16
     num_layers: int = 2
     num_heads: int = 2
-    mlp_dim: int = 64
+    mlp_dim: int = 128
     max_history: int = 32
     truncate_step: int = 8
     realtime_window_s: int = 0
     dropout: float = 0.2
+    warm_start: float = 0.4
+    """Mean length of item vectors from co-occurrence counts to start from; 0 starts at random."""
     batch_size: int = 256
-    within_user: float = 0.3
+    within_user: float = 0.5
     """Weight of the contrast between impressions of the same user."""
     heads: Mapping[str, str] = field(default_factory=dict)
     """Head -> label: the name of a binary signal, or ``returns_next_day``."""
@@ -106,7 +108,7 @@ RETRIEVAL: Mapping[str, RetrievalSettings] = {
         dropout=0.5,
         sasrec_dropout=0.5,
         batch_size=32,
-        options=Options(max_epochs=60, patience=10),
+        options=Options(max_epochs=60, patience=20),
         co_occurrence={
             "item co-occurrence, cosine, whole history": CoOccurrenceSettings(),
             "item co-occurrence, directed, window 10, last 5": CoOccurrenceSettings(10, 5),
@@ -125,10 +127,10 @@ RETRIEVAL: Mapping[str, RetrievalSettings] = {
         warm_start=0.3,
         # Most behaviours have no time of their own, so there is nothing to learn from gaps.
         relative_bias=False,
-        other_weight=0.0,
+        other_weight=0.3,
         positive="is_long_view",
         signals=_KUAIRAND_SIGNALS,
-        options=Options(max_epochs=12, patience=2),
+        options=Options(max_epochs=12, patience=2, average_decay=0.998),
         co_occurrence={
             "item co-occurrence, cosine, whole history": CoOccurrenceSettings(),
             "item co-occurrence, directed, window 10, last 5": CoOccurrenceSettings(10, 5),
@@ -174,7 +176,7 @@ RANKING: Mapping[str, RankingSettings] = {
             "earlier_long_view_rate",
             "earlier_like_rate",
         ),
-        options=Options(max_epochs=6, patience=1, weight_decay=0.01),
+        options=Options(max_epochs=6, patience=2, weight_decay=0.01, average_decay=0.998),
     ),
 }
 
