@@ -40,6 +40,7 @@ def main() -> int:
     options = parser.parse_args()
 
     requests, catalogue = samples(options.config)
+    assert requests, "the bundle brings no sample requests"
     with server(options.config) as client:
         show_plan(client.list_models())
         for request in requests[: options.users]:
