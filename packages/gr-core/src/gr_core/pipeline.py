@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -175,15 +174,16 @@ class Pipeline:
         Cancelling it drops the request from its queue.
         """
         run = _Run(time.monotonic())
-        request = replace(
-            request,
-            request_id=request.request_id or uuid.uuid4().hex,
-            request_time_ms=(
-                time.time_ns() // 1_000_000
-                if request.request_time_ms is None
-                else request.request_time_ms
-            ),
-        )
+        if not request.request_id or request.request_time_ms is None:
+            request = replace(
+                request,
+                request_id=request.request_id or uuid.uuid4().hex,
+                request_time_ms=(
+                    time.time_ns() // 1_000_000
+                    if request.request_time_ms is None
+                    else request.request_time_ms
+                ),
+            )
         try:
             answer = await self._answer(request, run)
         except BaseException as error:
@@ -236,10 +236,10 @@ class Pipeline:
         result = batched.result
         assert result.indices is not None
         scores, _ = model.decode(Task.RETRIEVE, result, request.head_weights)
-        # Few are passed over before k are found, so this is quicker than a mask of all fetched.
-        allowed = (row for row, i in enumerate(result.indices.tolist()) if i not in excluded)
-        keep = list(itertools.islice(allowed, k))
-        return result.indices[keep], scores[keep]
+        passed_over = np.zeros(len(model.catalogue) + 1, np.bool_)
+        passed_over[excluded] = True
+        (keep,) = (~passed_over[result.indices]).nonzero()
+        return result.indices[keep[:k]], scores[keep[:k]]
 
     async def _rank(
         self, deployment: Deployment, request: RecommendRequest, run: _Run
@@ -294,11 +294,13 @@ class Pipeline:
     ) -> Recommendation:
         catalogue, names = deployment.model.catalogue, deployment.model.heads
         ids = catalogue.ids_of(indices).tolist()
-        rows = heads.tolist() if heads is not None else [()] * len(ids)
+        by_head: Iterable[dict[str, float]] = ({} for _ in ids)
+        if heads is not None:
+            by_head = (dict(zip(names, row, strict=True)) for row in heads.tolist())
         items = [
-            RankedItem(item, score, dict(zip(names, row, strict=False)), catalogue.title(index))
-            for item, score, row, index in zip(
-                ids, scores.tolist(), rows, indices.tolist(), strict=True
+            RankedItem(item, score, head_scores, catalogue.title(index))
+            for item, score, head_scores, index in zip(
+                ids, scores.tolist(), by_head, indices.tolist(), strict=True
             )
         ]
         return Recommendation(
@@ -461,13 +463,13 @@ def _ranks(request: RecommendRequest) -> bool:
     return bool(request.candidates) if request.task is None else request.task is Task.RANK
 
 
-def _excluded(model: Model, request: RecommendRequest) -> set[int]:
-    """Catalogue indices that may not be retrieved."""
-    excluded = set(model.catalogue.indices_of(request.exclude_item_ids).tolist())
+def _excluded(model: Model, request: RecommendRequest) -> IntArray:
+    """Catalogue indices that may not be retrieved, some perhaps more than once."""
+    excluded = model.catalogue.indices_of(request.exclude_item_ids)
     if not request.include_seen:
-        excluded.update(model.catalogue.indices_of(request.history.item_ids).tolist())
-    excluded.discard(0)
-    return excluded
+        seen = model.catalogue.indices_of(request.history.item_ids)
+        excluded = np.concatenate([excluded, seen]) if len(excluded) else seen
+    return excluded[excluded > 0]
 
 
 def _stage(deployment: Deployment, task: Task, encoding: Encoding, batched: Batched) -> StageReport:

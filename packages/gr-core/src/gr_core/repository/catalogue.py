@@ -51,7 +51,8 @@ class Catalogue:
         if len(self.ids) and self._sorted[0] >= 0:
             top = int(self._sorted[-1])
             if top < _DENSE_FACTOR * len(self.ids) + 1024:
-                self._dense = np.zeros(top + 1, np.int64)
+                # Its last place is that of all ids which are not in it, and stays 0.
+                self._dense = np.zeros(top + 2, np.int64)
                 self._dense[self.ids] = np.arange(1, len(self.ids) + 1)
 
     def __len__(self) -> int:
@@ -69,9 +70,11 @@ class Catalogue:
             found = self.indices_of(np.array([i or 0 for i in spelled], np.int64))
             return np.where([i is not None for i in spelled], found, 0)
         if self._dense is not None:
-            inside = (ids >= 0) & (ids < len(self._dense))
-            indices: IntArray = self._dense[np.where(inside, ids, 0)]
-            return np.where(inside, indices, 0)
+            # As unsigned integers, negative ids are larger than all others.
+            unsigned = ids.astype(np.int64, copy=False).view(np.uint64)
+            place = np.minimum(unsigned, len(self._dense) - 1).view(np.int64)
+            indices: IntArray = self._dense[place]
+            return indices
         place = np.minimum(np.searchsorted(self._sorted, ids), len(self._sorted) - 1)
         return np.where(self._sorted[place] == ids, self._order[place], 0)
 
