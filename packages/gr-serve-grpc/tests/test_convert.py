@@ -123,14 +123,14 @@ def assert_same(a: RecommendRequest, b: RecommendRequest) -> None:
 def test_requests_survive(request: RecommendRequest):
     data = message_from_request(request).SerializeToString()
     message = pb.RecommendRequest.FromString(data)
-    read = request_from_message(message, Limits(), request_id="", deadline=None)
+    read = request_from_message(message, Limits())
     assert_same(request, read)
 
 
 @given(requests())
 def test_rows_and_columns_mean_the_same(request: RecommendRequest):
     message = message_from_request(request)
-    columned = request_from_message(message, Limits(), request_id="", deadline=None)
+    columned = request_from_message(message, Limits())
     history = request.history
     message.history.rows.SetInParent()
     for i, item_id in enumerate(history.item_ids.tolist()):
@@ -142,7 +142,7 @@ def test_rows_and_columns_mean_the_same(request: RecommendRequest):
         for name, values in history.signals.items():
             if not math.isnan(values[i]):
                 row.signals[name] = values[i]
-    rowed = request_from_message(message, Limits(), request_id="", deadline=None)
+    rowed = request_from_message(message, Limits())
     # A signal that every row lacks is no column.
     signals = {n: v for n, v in columned.history.signals.items() if not np.isnan(v).all()}
     assert signals.keys() == rowed.history.signals.keys()
@@ -179,7 +179,7 @@ def test_a_nan_never_gets_through_and_nothing_else_is_called_one(signals: dict[s
         for i in [i for i, value in enumerate(values) if math.isnan(value)][:10]
     }
     try:
-        request_from_message(message, Limits(), request_id="", deadline=None)
+        request_from_message(message, Limits())
     except InvalidRequest as error:
         named = {v.field for v in error.violations if v.message.startswith("NaN")}
         assert named == nans
@@ -208,4 +208,4 @@ def test_signals_of_rows_are_bounded_by_cells():
     for i in range(210):
         message.history.rows.behaviours[i].signals[f"s{i}"] = 1.0
     with pytest.raises(InvalidRequest, match=r"history.signals: more than 209 names"):
-        request_from_message(message, Limits(), request_id="", deadline=None)
+        request_from_message(message, Limits())

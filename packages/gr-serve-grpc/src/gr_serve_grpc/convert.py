@@ -54,9 +54,16 @@ TASK_NUMBERS: Mapping[Task | None, Any] = {task: number for number, task in TASK
 
 
 def request_from_message(
-    message: pb.RecommendRequest, limits: Limits, *, request_id: str, deadline: float | None
+    message: pb.RecommendRequest,
+    limits: Limits,
+    *,
+    request_id: str = "",
+    deadline: float | None = None,
+    arrived_ms: int | None = None,
 ) -> RecommendRequest:
     """The request, with columns that view the message's bytes (read-only).
+
+    ``arrived_ms`` is the time of a request that names none.
 
     Raises `InvalidRequest` if the message cannot be expressed, with all its violations, those of
     `violations_of` too.
@@ -78,7 +85,9 @@ def request_from_message(
         user_id=message.user_id,
         user_features=_features("user_features", message.user_features, wrong),
         context_features=_features("context_features", message.context_features, wrong),
-        request_time_ms=message.request_time_ms if message.HasField("request_time_ms") else None,
+        request_time_ms=message.request_time_ms
+        if message.HasField("request_time_ms")
+        else arrived_ms,
         include_seen=message.include_seen,
         exclude_item_ids=_item_ids(message.exclude_item_ids)
         if message.HasField("exclude_item_ids")

@@ -65,6 +65,20 @@ def _code_name(code: grpc.StatusCode) -> str:
     return "OK" if code is grpc.StatusCode.OK else code.name.title().replace("_", "")
 
 
+class _Series(dict[tuple[str, ...], tuple[Any, ...]]):
+    """The children of metrics with the same labels, by the labels' values.
+
+    They are kept here because prometheus_client takes longer to find one than to count.
+    """
+
+    def __init__(self, *metrics: Counter | Histogram) -> None:
+        self._metrics = metrics
+
+    def __missing__(self, labels: tuple[str, ...]) -> tuple[Any, ...]:
+        self[labels] = found = tuple(metric.labels(*labels) for metric in self._metrics)
+        return found
+
+
 class PrometheusObserver(Observer):
     """Keeps metrics in a registry of its own. `listen` opens the page, `close` closes it."""
 
@@ -72,7 +86,6 @@ class PrometheusObserver(Observer):
         self.settings = settings
         self.registry = CollectorRegistry()
         self._page: Any = None
-        self._children: dict[tuple[Any, ...], Any] = {}
 
         call = ("grpc_type", "grpc_service", "grpc_method")
         self.started = self._counter("grpc_server_started", "RPCs started on the server.", call)
@@ -87,32 +100,34 @@ class PrometheusObserver(Observer):
             "gr_unauthenticated", "Calls without an accepted token, which are not read.", ()
         )
 
-        stage = ("model", "version", "task", "engine")
-        self._requests = self._counter(
-            "gr_requests", "Requests by what became of them.", ("model", "outcome")
+        model, stage = ("model",), ("model", "version", "task", "engine")
+        self._outcomes = _Series(
+            self._counter("gr_requests", "Requests by what became of them.", ("model", "outcome"))
         )
-        self._request_seconds = self._histogram(
-            "gr_request_seconds", "Seconds in the pipeline.", ("model",), SECONDS
+        self._answered = _Series(
+            self._histogram("gr_request_seconds", "Seconds in the pipeline.", model, SECONDS),
+            self._histogram(
+                "gr_features_seconds", "Seconds of validation and features.", model, SECONDS
+            ),
         )
-        self._features_seconds = self._histogram(
-            "gr_features_seconds", "Seconds of validation and features.", ("model",), SECONDS
+        self._stages = _Series(
+            self._histogram(
+                "gr_stage_queue_seconds", "Seconds waited for a place in a batch.", stage, SECONDS
+            ),
+            self._histogram(
+                "gr_stage_compute_seconds", "Seconds of requests in the engine.", stage, SECONDS
+            ),
+            self._counter("gr_tokens", "Tokens of requests.", stage),
+            self._counter(
+                "gr_tokens_reused", "Tokens of requests whose state came from a cache.", stage
+            ),
         )
-        self._queue_seconds = self._histogram(
-            "gr_stage_queue_seconds", "Seconds waited for a place in a batch.", stage, SECONDS
-        )
-        self._compute_seconds = self._histogram(
-            "gr_stage_compute_seconds", "Seconds of requests in the engine.", stage, SECONDS
-        )
-        self._tokens = self._counter("gr_tokens", "Tokens of requests.", stage)
-        self._reused = self._counter(
-            "gr_tokens_reused", "Tokens of requests whose state came from a cache.", stage
-        )
-        self._batch_size = self._histogram("gr_batch_size", "Requests in a batch.", stage, SIZES)
-        self._batch_seconds = self._histogram(
-            "gr_batch_seconds", "Seconds to compute a batch.", stage, SECONDS
-        )
-        self._padded = self._counter(
-            "gr_padded_tokens", "Tokens that a padding engine computes, with padding.", stage
+        self._batches = _Series(
+            self._histogram("gr_batch_size", "Requests in a batch.", stage, SIZES),
+            self._histogram("gr_batch_seconds", "Seconds to compute a batch.", stage, SECONDS),
+            self._counter(
+                "gr_padded_tokens", "Tokens that a padding engine computes, with padding.", stage
+            ),
         )
         self._dropped = self._counter(
             "gr_dropped",
@@ -130,14 +145,6 @@ class PrometheusObserver(Observer):
         self, name: str, text: str, labels: Iterable[str], buckets: Iterable[float]
     ) -> Histogram:
         return Histogram(name, text, labels, registry=self.registry, buckets=tuple(buckets))
-
-    def _of(self, metric: Any, *labels: str) -> Any:
-        """The child of a metric, from a cache, for `labels` costs more than counting."""
-        key = (metric, *labels)
-        child = self._children.get(key)
-        if child is None:
-            child = self._children[key] = metric.labels(*labels)
-        return child
 
     def listen(self) -> str:
         """Opens the metrics page and returns its address. Raises `ConfigurationError`."""
@@ -174,29 +181,32 @@ class PrometheusObserver(Observer):
             self.registry.unregister(collector)
 
     def on_request(self, event: RequestEvent) -> None:
-        self._of(self._requests, event.model, event.outcome).inc()
+        self._outcomes[event.model, event.outcome][0].inc()
         if event.outcome != "ok":
             return
-        self._of(self._request_seconds, event.model).observe(event.total_s)
-        self._of(self._features_seconds, event.model).observe(event.features_s)
+        total, features = self._answered[event.model,]
+        total.observe(event.total_s)
+        features.observe(event.features_s)
         for stage in event.stages:
-            labels = (stage.model, stage.version, stage.task, stage.engine)
-            self._of(self._queue_seconds, *labels).observe(stage.queue_s)
-            self._of(self._compute_seconds, *labels).observe(stage.compute_s)
-            self._of(self._tokens, *labels).inc(stage.tokens)
-            self._of(self._reused, *labels).inc(stage.tokens_reused)
+            queue, compute, tokens, reused = self._stages[
+                stage.model, stage.version, stage.task, stage.engine
+            ]
+            queue.observe(stage.queue_s)
+            compute.observe(stage.compute_s)
+            tokens.inc(stage.tokens)
+            reused.inc(stage.tokens_reused)
 
     def on_batch(self, event: BatchEvent) -> None:
-        labels = (event.model, event.version, event.task, event.engine)
-        self._of(self._batch_size, *labels).observe(event.size)
-        self._of(self._batch_seconds, *labels).observe(event.compute_s)
-        self._of(self._padded, *labels).inc(event.padded_tokens)
+        size, seconds, padded = self._batches[event.model, event.version, event.task, event.engine]
+        size.observe(event.size)
+        seconds.observe(event.compute_s)
+        padded.inc(event.padded_tokens)
 
     def on_drop(self, event: DropEvent) -> None:
-        self._of(self._dropped, event.model, event.engine, event.reason).inc()
+        self._dropped.labels(event.model, event.engine, event.reason).inc()
 
     def on_load(self, event: LoadEvent) -> None:
-        self._of(self._loads, event.model, event.version, event.state).inc()
+        self._loads.labels(event.model, event.version, event.state).inc()
 
 
 class PipelineCollector(Collector):

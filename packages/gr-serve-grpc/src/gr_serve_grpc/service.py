@@ -88,7 +88,11 @@ class RecommenderMethods:
             raise InvalidRequest([Violation("request_id", problem)])
         call.request_id = request_id
         return request_from_message(
-            message, self._limits, request_id=request_id, deadline=call.deadline
+            message,
+            self._limits,
+            request_id=request_id,
+            deadline=call.deadline,
+            arrived_ms=time.time_ns() // 1_000_000,
         )
 
     # ── RecommendStream ──────────────────────────────────────────────────────────────────────
