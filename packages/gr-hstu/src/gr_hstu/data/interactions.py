@@ -65,6 +65,7 @@ class Interactions:
     timed_N: BoolArray | None = None
     attribution: str = ""
     licence: str = ""
+    licence_text: str = ""
 
     @classmethod
     def sort(cls, interactions: Interactions) -> Interactions:

@@ -75,6 +75,7 @@ def read(folder: Path) -> Interactions:
     def both(before: object, after: np.ndarray, dtype: type) -> np.ndarray:
         return np.concatenate([np.asarray(before, dtype), after.astype(dtype)])
 
+    licence_file = folder / "LICENSE"
     users = _users(folder / "user_features.csv.gz")
     items = _items(folder / "video_features_basic.csv.gz")
     return Interactions.sort(
@@ -96,6 +97,7 @@ def read(folder: Path) -> Interactions:
             items=items,
             attribution=ATTRIBUTION,
             licence=LICENCE,
+            licence_text=licence_file.read_text("utf-8") if licence_file.is_file() else "",
         )
     )
 

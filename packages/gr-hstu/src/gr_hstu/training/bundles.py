@@ -56,6 +56,8 @@ def write(
     files = {}
     if data.attribution:
         files["ATTRIBUTION.txt"] = f"{data.attribution}\n\nLicence: {data.licence}\n".encode()
+    if data.licence_text:
+        files["LICENSE"] = data.licence_text.encode()
     if samples:
         files[SAMPLES] = samples.encode()
     return write_bundle(

@@ -51,9 +51,12 @@ class Options:
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     warmup_steps: int = 0
+    linear_decay: bool = False
+    """Whether the learning rate falls to 0 over ``max_epochs``."""
     max_grad_norm: float = 0.0
     average_decay: float = 0.0
-    """Of a running average of the weights, which is validated and kept in their place; 0: none."""
+    """Of a running average of the weights, from the initial ones on, which is validated and kept in
+    their place; 0: none."""
     checkpoint_seconds: float = 60.0
 
     def __post_init__(self) -> None:
@@ -106,6 +109,7 @@ def fit(
         model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
     )
     run = _Run(model, optimizer, options, Progress(), _copy(model), folder, identity or {})
+    run.average = _copy(model) if options.average_decay else {}
     if folder is not None and (folder / checkpoint.NAME).is_file():
         run.restore(device)
     progress = run.progress
@@ -150,9 +154,11 @@ def _step(
     seeds = np.random.SeedSequence([options.seed, progress.epoch, progress.step])
     torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
     done = progress.epoch * len(plans) + progress.step
-    if options.warmup_steps:
-        for group in optimizer.param_groups:
-            group["lr"] = options.learning_rate * min(1.0, (done + 1) / options.warmup_steps)
+    rate = options.learning_rate * min(1.0, (done + 1) / max(options.warmup_steps, 1))
+    if options.linear_decay:
+        rate *= 1 - done / (options.max_epochs * len(plans))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
     loss = objective.loss(model, plans[progress.step])
     loss.backward()  # type: ignore[no-untyped-call]
@@ -180,18 +186,10 @@ class _Run:
     average: dict[str, Tensor] = field(default_factory=dict)
 
     def follow(self) -> None:
-        """Moves the average towards the weights; quickly at first, when there is little to keep."""
-        limit = self.options.average_decay
-        if not limit:
-            return
-        if not self.average:
-            self.average = _copy(self.model)
-            return
-        steps = next(iter(self.optimizer.state.values()))["step"].item()
-        decay = min(limit, (1 + steps) / (10 + steps))
+        """Moves the average towards the weights."""
         for name, tensor in self.model.state_dict().items():
-            if tensor.is_floating_point():
-                self.average[name].lerp_(tensor, 1 - decay)
+            if name in self.average and tensor.is_floating_point():
+                self.average[name].lerp_(tensor, 1 - self.options.average_decay)
 
     def validate(self, objective: Objective) -> float:
         """The metric of the weights that would be kept, which are left in ``candidate``."""

@@ -83,11 +83,11 @@ class RankingSettings:
     max_history: int = 32
     truncate_step: int = 8
     realtime_window_s: int = 0
-    dropout: float = 0.2
+    dropout: float = 0.1
     warm_start: float = 0.4
     """Mean length of item vectors from co-occurrence counts to start from; 0 starts at random."""
     batch_size: int = 256
-    within_user: float = 0.5
+    within_user: float = 0.3
     """Weight of the contrast between impressions of the same user."""
     heads: Mapping[str, str] = field(default_factory=dict)
     """Head -> label: the name of a binary signal, or ``returns_next_day``."""
@@ -127,7 +127,7 @@ RETRIEVAL: Mapping[str, RetrievalSettings] = {
         warm_start=0.3,
         # Most behaviours have no time of their own, so there is nothing to learn from gaps.
         relative_bias=False,
-        other_weight=0.3,
+        other_weight=0.0,
         positive="is_long_view",
         signals=_KUAIRAND_SIGNALS,
         options=Options(max_epochs=12, patience=2, average_decay=0.998),
@@ -176,7 +176,7 @@ RANKING: Mapping[str, RankingSettings] = {
             "earlier_long_view_rate",
             "earlier_like_rate",
         ),
-        options=Options(max_epochs=6, patience=2, weight_decay=0.01, average_decay=0.998),
+        options=Options(max_epochs=4, patience=1, weight_decay=0.01, average_decay=0.998),
     ),
 }
 
