@@ -55,7 +55,8 @@ def main() -> None:
     if not options.quick:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1) + "\n")
-        options.json.with_suffix(".md").write_text(table(report) + "\n")
+        page = f"# Server under load\n\n{conditions(report)}\n\n{table(report)}\n"
+        options.json.with_suffix(".md").write_text(page)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -179,6 +180,14 @@ def ask(client: subprocess.Popen[str], job: dict[str, Any]) -> dict[str, Any]:
 
 
 # ── Report ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def conditions(report: dict[str, Any]) -> str:
+    machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
+    return (
+        f"{report['when']}; {machine}. Medians of {report['rounds']} rounds of "
+        f"{report['seconds']:g} s each; ratios are medians of the ratios within rounds."
+    )
 
 
 def table(report: dict[str, Any]) -> str:
