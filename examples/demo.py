@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def samples(config: str) -> tuple[Sequence[RecommendRequest], Catalogue]:
-    """Requests of sample users, and the titles of what they watched."""
+    """Requests of sample users, and the titles of what they saw."""
     loaded = Config.load(config)
     repository = ModelRepository(loaded.repository.path)
     bundle = repository.bundle(loaded.pipelines[0].retrieve)
@@ -98,7 +98,7 @@ def show_plan(models: Sequence[ServedModel]) -> None:
 def show(
     request: RecommendRequest, answer: Recommendation, seconds: float, catalogue: Catalogue
 ) -> None:
-    watched = table("last watched", "when", "signals")
+    watched = table("last behaviours", "when", "signals")
     for title, when, signals in last(request.history, catalogue, 5):
         watched.add_row(title, when, signals)
     heads = list(answer.items[0].head_scores) if answer.items else []
@@ -106,7 +106,7 @@ def show(
     for place, item in enumerate(answer.items, 1):
         scores = (f"{item.head_scores[head]:.3f}" for head in heads)
         shown.add_row(str(place), item.title or str(item.item_id), f"{item.score:.3f}", *scores)
-    user = f"User {request.user_id}, {len(request.history)} videos watched"
+    user = f"User {request.user_id}, {len(request.history)} behaviours"
     console.rule(f"[bold]{user}", align="left")
     console.print(watched)
     console.print(shown)

@@ -28,7 +28,7 @@ def samples() -> list[RecommendRequest]:
 
 def test_the_demo(run):
     shown = run(sys.executable, str(ROOT / "examples" / "demo.py"), "--users", "2").stdout
-    assert shown.count("last watched") == 2
+    assert shown.count("last behaviours") == 2
     assert shown.count("recommended") == 2
     assert "highest priority" in shown
     assert "The server has stopped cleanly." in shown
