@@ -77,6 +77,14 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     read.check_files()
 
 
+def test_other_users_can_read_the_weights(tmp_path: Path) -> None:
+    def private(path: Path) -> None:
+        path.write_bytes(WEIGHTS)
+        path.chmod(0o600)
+
+    assert write(tmp_path / "b", weights=private).weights_path.stat().st_mode & 0o044
+
+
 def test_weights_that_cannot_be_written_leave_nothing(tmp_path: Path) -> None:
     def fail(path: Path) -> None:
         path.write_bytes(b"half")

@@ -214,6 +214,8 @@ def write_bundle(
         raise BundleError(f"{out_dir}: exists; choose another folder, or say --overwrite")
     with atomic_folder(out_dir) as partial:
         weights(partial / WEIGHTS)
+        # Some writers make files that only their owner can read; a server is another user.
+        (partial / WEIGHTS).chmod(0o644)
         catalogue.write(partial / CATALOGUE)
         if card:
             (partial / CARD).write_text(card, encoding="utf-8")
