@@ -53,8 +53,11 @@ def mean_interval(
 ) -> Interval:
     """Interval of the (weighted) mean of per-case values, users resampled.
 
-    A paired comparison of two models is the interval of the mean of their differences.
+    A paired comparison of two models is the interval of the mean of their differences. All nan
+    without a case.
     """
+    if len(value_C) == 0:
+        return Interval(np.nan, np.nan, np.nan)
     weight = np.ones(len(value_C)) if weight_C is None else np.asarray(weight_C, np.float64)
     _, user = np.unique(user_C, return_inverse=True)
     total = np.bincount(user, weights=np.asarray(value_C, np.float64) * weight)

@@ -41,9 +41,13 @@ def auc(label_N: np.ndarray, score_N: np.ndarray, weight_N: np.ndarray | None = 
 
     The probability that a positive outscores a negative, over weighted pairs.
     """
+    return auc_of_ranks(label_N, dense_ranks(score_N), weight_N)
+
+
+def auc_of_ranks(label_N: np.ndarray, group: Int, weight_N: np.ndarray | None = None) -> float:
+    """`auc` of scores whose `dense_ranks` are known; for many weights of the same scores."""
     label = np.asarray(label_N, dtype=bool)
     weight = np.ones(len(label)) if weight_N is None else np.asarray(weight_N, np.float64)
-    group = _dense_rank(score_N)
     positive = np.bincount(group, weights=weight * label)
     negative = np.bincount(group, weights=weight * ~label)
     below = np.cumsum(negative) - negative
@@ -93,5 +97,6 @@ def normalised_entropy(label_N: np.ndarray, probability_N: np.ndarray) -> float:
     return float(log_loss(label_N, probability_N).mean() / entropy)
 
 
-def _dense_rank(score_N: np.ndarray) -> Int:
+def dense_ranks(score_N: np.ndarray) -> Int:
+    """Places of scores among their distinct values, from 0 up, (N,)."""
     return np.unique(np.asarray(score_N), return_inverse=True)[1].reshape(-1)

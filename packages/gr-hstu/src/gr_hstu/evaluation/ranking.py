@@ -36,11 +36,12 @@ def evaluate_ranking(
     """
     label, probability, user = _observed(label_N, user_N, probability_N)
     users, value, weight = metrics.auc_per_user(label, probability, user)
+    ranks = metrics.dense_ranks(probability)
     return RankingResult(
         rows=len(label),
         users=len(np.unique(user)),
         positive_rate=float(label.mean()),
-        auc=statistic_interval(lambda w: metrics.auc(label, probability, w), user, samples),
+        auc=statistic_interval(lambda w: metrics.auc_of_ranks(label, ranks, w), user, samples),
         gauc=mean_interval(value, users, weight, samples),
         log_loss=float(metrics.log_loss(label, probability).mean()),
         normalised_entropy=metrics.normalised_entropy(label, probability),
@@ -58,8 +59,11 @@ def auc_difference(
     label, ours, user = _observed(label_N, user_N, ours_N)
     theirs = _observed(label_N, user_N, theirs_N)[1]
 
+    ranks = [metrics.dense_ranks(score) for score in (ours, theirs)]
+
     def difference(weight: np.ndarray | None) -> float:
-        return metrics.auc(label, ours, weight) - metrics.auc(label, theirs, weight)
+        mine, other = (metrics.auc_of_ranks(label, group, weight) for group in ranks)
+        return mine - other
 
     users, value, weight = metrics.auc_per_user(label, ours, user)
     other = metrics.auc_per_user(label, theirs, user)[1]

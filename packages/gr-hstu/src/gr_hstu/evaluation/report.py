@@ -23,6 +23,8 @@ class Table:
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     values: Mapping[str, Any]
+    not_above: tuple[str, ...] = ()
+    """Comparisons that ours does not win with an interval clear of zero."""
 
     def markdown(self) -> str:
         lines = [f"**{self.title}**", "", _line(self.header), _line(["---"] * len(self.header))]
@@ -41,7 +43,9 @@ def retrieval_table(
         "NDCG@10, seen kept",
         f"NDCG@10 (seen removed): {ours} minus it, 95 % interval",
     )
-    rows, values = [], {}
+    rows: list[tuple[str, ...]] = []
+    values: dict[str, Any] = {}
+    not_above: list[str] = []
     for name, several in results.items():
         cells = [name, str(seeds[name])]
         value: dict[str, Any] = {"seeds": seeds[name]}
@@ -58,10 +62,12 @@ def retrieval_table(
         else:
             difference = paired_difference(results[ours], several)
             cells.append(_signed(difference))
+            if not difference.low > 0:
+                not_above.append(f"NDCG@10 of {name}")
             value["ours minus it"] = asdict(difference)
         rows.append(tuple(cells))
         values[name] = value
-    return Table(title, header, tuple(rows), values)
+    return Table(title, header, tuple(rows), values, tuple(not_above))
 
 
 def ranking_table(
@@ -82,7 +88,9 @@ def ranking_table(
         f"AUC: {ours} minus it, 95 % interval",
         "GAUC: the same",
     )
-    rows, values = [], {}
+    rows: list[tuple[str, ...]] = []
+    values: dict[str, Any] = {}
+    not_above: list[str] = []
     for h, (head, label) in enumerate(heads.items()):
         for name, probability_CH in predictions.items():
             result = evaluate_ranking(label_CH[:, h], probability_CH[:, h], user_C)
@@ -90,7 +98,7 @@ def ranking_table(
                 f"{head} ({label})",
                 name,
                 f"{result.auc.value:.4f}",
-                f"{result.gauc.value:.4f}",
+                _plain(result.gauc.value),
                 f"{result.normalised_entropy:.4f}",
             ]
             value: dict[str, Any] = asdict(result)
@@ -101,12 +109,15 @@ def ranking_table(
                     label_CH[:, h], predictions[ours][:, h], probability_CH[:, h], user_C
                 )
                 cells += [_signed(d) for d in differences]
+                for metric, difference in zip(("AUC", "GAUC"), differences, strict=True):
+                    if difference.low <= 0:
+                        not_above.append(f"{metric} of {name}, {head}")
                 value["ours minus it"] = dict(
                     zip(("auc", "gauc"), map(asdict, differences), strict=True)
                 )
             rows.append(tuple(cells))
             values[f"{head}: {name}"] = value
-    return Table(title, header, tuple(rows), values)
+    return Table(title, header, tuple(rows), values, tuple(not_above))
 
 
 def describe(result: RankingResult) -> str:
@@ -121,7 +132,13 @@ def _over_seeds(values: Sequence[float]) -> tuple[float, str]:
     return mean, f"{mean:.4f} ± {np.std(values, ddof=1):.4f}"
 
 
+def _plain(value: float) -> str:
+    return "–" if np.isnan(value) else f"{value:.4f}"
+
+
 def _signed(difference: Interval) -> str:
+    if np.isnan(difference.value):
+        return "–"
     return f"{difference.value:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
 
 

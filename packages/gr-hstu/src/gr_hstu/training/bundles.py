@@ -68,7 +68,7 @@ def write(
         tasks=tasks,
         config=model.config.to_dict(),
         catalogue=catalogue,
-        weights=lambda path: save_file(stored(model, dtype), path),
+        weights=lambda path: _save(stored(model, dtype), path),
         features=schema.to_dict(),
         head_weights=head_weights or {},
         description=description,
@@ -77,6 +77,11 @@ def write(
         extra_files=files,
         overwrite=overwrite,
     )
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file(dict(tensors), path)
+    path.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
 def card(
@@ -94,6 +99,10 @@ def card(
     lines += ["", "## Quality", ""]
     for table in tables:
         lines += [table.markdown(), ""]
+    if missed := [line for table in tables for line in table.not_above]:
+        lines.append(
+            "- **Not clearly better** (the interval is not above zero): " + "; ".join(missed)
+        )
     lines += [*(f"- {note}" for note in notes), ""]
     lines += ["## Reproduce", "", f"    {command}", ""]
     if data.attribution:
