@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -67,16 +68,17 @@ def run(environment: Mapping[str, str], tmp_path: Path) -> Run:
     return run
 
 
-@pytest.fixture
-def serve(environment: Mapping[str, str], tmp_path: Path) -> Iterator[Callable[..., str]]:
+Serve = Callable[..., str]
+
+
+@contextmanager
+def servers(environment: Mapping[str, str], folder: Path) -> Iterator[Serve]:
     """Starts `gr serve` with options and returns its address; each must stop with exit code 0."""
     started: list[subprocess.Popen[str]] = []
 
     def serve(*options: str, env: Mapping[str, str] = environment) -> str:
         command = ["gr", "serve", "--port", "0", *options]
-        process = subprocess.Popen(
-            command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True
-        )
+        process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True)
         started.append(process)
         assert process.stdout is not None
         announcement = process.stdout.readline()
@@ -88,6 +90,21 @@ def serve(environment: Mapping[str, str], tmp_path: Path) -> Iterator[Callable[.
         process.send_signal(signal.SIGTERM)
     for process in started:
         assert process.wait(timeout=60) == 0
+
+
+@pytest.fixture
+def serve(environment: Mapping[str, str], tmp_path: Path) -> Iterator[Serve]:
+    with servers(environment, tmp_path) as serve:
+        yield serve
+
+
+@pytest.fixture(scope="module")
+def serve_once(
+    environment: Mapping[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Serve]:
+    """The same for a server that the tests of a module share."""
+    with servers(environment, tmp_path_factory.mktemp("server")) as serve:
+        yield serve
 
 
 @pytest.fixture

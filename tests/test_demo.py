@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,12 @@ def samples() -> list[RecommendRequest]:
     config = Config.load(CONFIG, environ={})
     bundle = ModelRepository(config.repository.path).bundle(config.pipelines[0].retrieve)
     return list(read_requests(bundle.path / SAMPLES))
+
+
+@pytest.fixture(scope="module")
+def client(serve_once) -> Iterator[Client]:
+    with Client(serve_once("--config", CONFIG)) as client:
+        yield client
 
 
 def test_the_demo(run):
@@ -47,30 +54,27 @@ def test_the_shipped_models_are_whole_and_small():
     assert 0 < total <= 6 << 20
 
 
-def test_both_stages_answer_and_seen_items_are_left_out(samples, serve):
-    with Client(serve("--config", CONFIG)) as client:
-        for request in samples:
-            answer = client.recommend(request, k=10)
-            assert [stage.task.value for stage in answer.stages] == ["retrieve", "rank"]
-            assert {stage.engine for stage in answer.stages} == {"torch"}
-            ids = [item.item_id for item in answer.items]
-            assert len(set(ids)) == 10
-            assert not set(ids) & set(request.history.item_ids.tolist())
-            scores = [item.score for item in answer.items]
-            assert scores == sorted(scores, reverse=True)
-            assert all(item.head_scores for item in answer.items)
+def test_both_stages_answer_and_seen_items_are_left_out(samples, client: Client):
+    for request in samples:
+        answer = client.recommend(request, k=10)
+        assert [stage.task.value for stage in answer.stages] == ["retrieve", "rank"]
+        assert {stage.engine for stage in answer.stages} == {"torch"}
+        ids = [item.item_id for item in answer.items]
+        assert len(set(ids)) == 10
+        assert not set(ids) & set(request.history.item_ids.tolist())
+        scores = [item.score for item in answer.items]
+        assert scores == sorted(scores, reverse=True)
+        assert all(item.head_scores for item in answer.items)
 
 
-def test_different_users_get_different_recommendations(samples, serve):
-    with Client(serve("--config", CONFIG)) as client:
-        answers = {
-            tuple(item.item_id for item in client.recommend(request, k=10).items)
-            for request in samples
-        }
+def test_different_users_get_different_recommendations(samples, client: Client):
+    answers = {
+        tuple(item.item_id for item in client.recommend(request, k=10).items) for request in samples
+    }
     assert len(answers) == len(samples) > 1
 
 
-def test_a_server_answers_what_the_command_line_does(samples, serve, run, tmp_path: Path):
+def test_a_server_answers_what_the_command_line_does(samples, client: Client, run, tmp_path: Path):
     """The same request through gRPC and without a server gives the same items and scores."""
     bundles = ModelRepository(Config.load(CONFIG, environ={}).repository.path)
     file = bundles.bundle("kuairand-retrieval").path / SAMPLES
@@ -78,8 +82,7 @@ def test_a_server_answers_what_the_command_line_does(samples, serve, run, tmp_pa
     (tmp_path / "request.json").write_text(json.dumps(rows[0]))
     once = run("gr", "recommend", "--config", CONFIG, "--request", "request.json", "--json")
     expected = json.loads(once.stdout)["items"]
-    with Client(serve("--config", CONFIG)) as client:
-        answer = client.recommend(samples[0])
+    answer = client.recommend(samples[0])
     assert [item.item_id for item in answer.items] == [item["item_id"] for item in expected]
     for item, other in zip(answer.items, expected, strict=True):
         assert item.score == pytest.approx(other["score"], rel=1e-5)
