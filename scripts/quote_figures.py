@@ -22,6 +22,8 @@ def renewed(match: re.Match[str]) -> str:
     marker, file, anchor, table = match.groups()
     source = rows_by_words(section(ROOT / file, anchor))
     header, rule, *rows = table.splitlines()
+    if gone := [row for row in (header, *rows) if words(row) not in source]:
+        raise SystemExit(f"README.md quotes from {file}#{anchor} what is not there: {gone[0]}")
     found = [source[words(header)], rule, *(source[words(row)] for row in rows)]
     return marker + "".join(row + "\n" for row in found)
 
