@@ -293,9 +293,9 @@ class CacheStatistics:
 
 
 class Cache(Protocol):
-    """Bounded memory by content. Its factory is called as ``factory(capacity_bytes: int)``.
+    """Bounded memory by content. Its factory is called as ``factory(capacity_bytes, **options)``.
 
-    A key is a digest of everything that a value depends on, so a hit is exact by construction. The
+    The options are the plugin's own, from its table of the configuration. A key is a digest of everything that a value depends on, so a hit is exact by construction. The
     owner serves to drop a user's entries on demand. All methods are thread-safe and quick.
     """
 
@@ -312,6 +312,77 @@ class Cache(Protocol):
     def clear(self) -> None: ...
 
     def statistics(self) -> CacheStatistics: ...
+
+    def close(self) -> None:
+        """Frees everything; what outlives the process is complete on disk. May be called twice."""
+        ...
+
+
+class BlockLease(Protocol):
+    """Memory for the tokens of one sequence, held until it is released."""
+
+    @property
+    def blocks(self) -> npt.NDArray[np.uintp]:
+        """Addresses of the sequence's blocks, in order, shape (blocks,)."""
+        ...
+
+    @property
+    def reused(self) -> int:
+        """How many of the first tokens the blocks already hold; only later ones may be written."""
+        ...
+
+    def commit(self, tokens: int) -> None:
+        """Publishes the first ``tokens`` tokens, which are written now, to later sequences."""
+        ...
+
+    def release(self) -> None:
+        """Gives the memory back; what was committed stays cached. May be called twice."""
+        ...
+
+
+class BlockSpace(Protocol):
+    """The blocks of one user of a `BlockCache`: sequences that share a layout and a meaning."""
+
+    def acquire(
+        self, salt: bytes, content: npt.NDArray[np.uint8], reusable: int, owner: str = ""
+    ) -> BlockLease | None:
+        """Blocks for a sequence of tokens with the given content, shape (tokens, width).
+
+        Blocks that hold tokens with the same salt and the same content up to there are shared, for
+        the first ``reusable`` tokens at most; for the others there is fresh memory, its content
+        arbitrary. None if there is not enough memory that nobody holds.
+        """
+        ...
+
+    def close(self) -> None:
+        """Gives back the memory of all blocks, which nobody may hold any more."""
+        ...
+
+
+@runtime_checkable
+class BlockCache(Cache, Protocol):
+    """A cache of K and V in blocks of tokens, for `CacheKind.USER_KV`.
+
+    Reuse is by content: a chain of digests over the namespace, the salt, and every token from the
+    first. So a history that grew hits its prefix, a changed one only what is equal, and users with
+    the same prefix share it.
+    """
+
+    def space(
+        self,
+        namespace: bytes,
+        *,
+        block_tokens: int,
+        block_bytes: int,
+        token_cost: float,
+        pair_cost: float,
+    ) -> BlockSpace:
+        """A space of its own for everything that ``namespace`` stands for.
+
+        That is the model's version, its precision, and what else K and V depend on. Recomputing
+        token i costs ``token_cost + i·pair_cost``, in any unit.
+        """
+        ...
 
 
 # ── Servers ───────────────────────────────────────────────────────────────────────────────────

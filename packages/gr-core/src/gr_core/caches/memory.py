@@ -66,6 +66,9 @@ class MemoryCache:
             self._by_owner.clear()
             self._bytes = 0
 
+    def close(self) -> None:
+        self.clear()
+
     def statistics(self) -> CacheStatistics:
         with self._lock:
             return CacheStatistics(
