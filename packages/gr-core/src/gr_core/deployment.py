@@ -143,9 +143,7 @@ class Deployment:
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        bundle = model.bundle
-        identity = f"{bundle.name}/{bundle.version}/{sorted(bundle.files.items())!r}"
-        self._identity = hashlib.blake2b(identity.encode(), digest_size=16).digest()
+        self._identity = model.bundle.identity
 
     @property
     def name(self) -> str:

@@ -88,6 +88,16 @@ class Bundle:
     def weights_path(self) -> Path:
         return self.path / WEIGHTS
 
+    @property
+    def identity(self) -> bytes:
+        """16 bytes, a digest of all that the bundle says and of the files that it lists.
+
+        What a ``source`` outside of the bundle holds is not part of it.
+        """
+        facts = [self.name, self.version, self.architecture, self.config, self.features, self.files]
+        text = json.dumps(facts, sort_keys=True, default=dict)
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
     def catalogue(self) -> Catalogue:
         return Catalogue.read(self.path / CATALOGUE)
 
