@@ -1,0 +1,205 @@
+"""The engine ``native``: plans a batch, runs the stack, scores, keeps the K and V.
+
+Shapes: T tokens of a batch, D model width, R rows that answers are read from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gr_core.contracts import (
+    Artifact,
+    BlockCache,
+    BlockLease,
+    BlockSpace,
+    CacheKind,
+    EncodedRequest,
+    EngineOptions,
+    Health,
+    InferenceResult,
+    Model,
+)
+from gr_core.errors import PlanError, Unavailable
+from gr_core.samples import for_task, sample_requests
+from gr_core.stack import Stack, StackModel, TokenSequence
+from gr_core.types import Task
+from gr_kernels.engine.batch import BatchPlan, plan_batch
+from gr_kernels.engine.options import NativeOptions
+from gr_kernels.engine.scratch import Scratch
+from gr_kernels.ops.hstu_stack import HSTUStack, make_stack
+from gr_kernels.ops.hstu_stack.interface import BLOCK_TOKENS
+from gr_kernels.retrieval import ItemIndex, make_index
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layers:
+    """The stack of one or several tasks, and where its K and V live."""
+
+    runner: HSTUStack
+    space: BlockSpace | None
+    scratch: Scratch
+    max_tokens: int
+    """Tokens that are computed at once."""
+
+    def acquire(self, sequence: TokenSequence, reusable: int, owner: str) -> BlockLease:
+        """Cached blocks if there is a cache that has room, else memory of the engine's own."""
+        if self.space is not None and sequence.history:
+            lease = self.space.acquire(sequence.salt, sequence.content, reusable, owner)
+            if lease is not None:
+                return lease
+        return self.scratch.lease(sequence.history)
+
+    def close(self) -> None:
+        if self.space is not None:
+            self.space.close()
+        self.runner.close()
+
+
+class NativeEngine:
+    """Runs any `gr_core.stack.StackModel`; its options are those of `NativeOptions`."""
+
+    def __init__(self) -> None:
+        self._model: StackModel | None = None
+        self._layers: dict[Task, _Layers] = {}
+        self._index: ItemIndex | None = None
+
+    def load(
+        self, artifact: Artifact, model: Model, tasks: Sequence[Task], options: EngineOptions
+    ) -> None:
+        own = NativeOptions.of(options.extra)
+        if not isinstance(model, StackModel):
+            raise PlanError(f"engine native: {type(model).__name__} does not open its stack")
+        stacks = {task: model.stack(task) for task in tasks}
+        threads = options.threads or 1
+        torch.set_num_threads(threads)
+        made: dict[int, _Layers] = {}  # tasks may share a stack
+        try:
+            for task, stack in stacks.items():
+                if id(stack) not in made:
+                    made[id(stack)] = _load_layers(model, stack, options, own, threads)
+                self._layers[task] = made[id(stack)]
+            if Task.RETRIEVE in tasks:
+                self._index = make_index(model.item_table(), own.index, threads)
+        except BaseException:
+            self.close()
+            raise
+        self._model = model
+
+    def warm_up(self) -> None:
+        """Runs each task with histories from none to long, as the model itself encodes them."""
+        assert self._model is not None
+        for request in sample_requests(self._model, 3):
+            for task in self._layers:
+                self.infer([self._model.encode(for_task(request, task), task).request])
+
+    @torch.inference_mode()
+    def infer(self, batch: Sequence[EncodedRequest]) -> Sequence[InferenceResult]:
+        model = self._model
+        if model is None:
+            raise Unavailable("engine native is closed")
+        task = batch[0].task
+        layers = self._layers[task]
+        plan = plan_batch(
+            [model.sequence(request) for request in batch],
+            lambda i, sequence, reusable: layers.acquire(sequence, reusable, batch[i].user_id),
+        )
+        try:
+            x_TD = model.embed(batch, plan.sequences, plan.starts)
+            for run in plan.runs(layers.max_tokens):
+                rows_TD = x_TD[run[0].start : run[-1].stop]
+                layers.runner.run(rows_TD, [piece.segment for piece in run])
+            plan.commit()
+        finally:
+            plan.release()
+        answers = model.outputs(task, batch, _answer_rows(x_TD, plan))
+        reused = [lease.reused for lease in plan.leases]
+        if task is not Task.RETRIEVE:
+            return [
+                InferenceResult(scores.numpy(), tokens_reused=tokens)
+                for scores, tokens in zip(answers, reused, strict=True)
+            ]
+        assert self._index is not None
+        ks = [request.k for request in batch]
+        scores_BK, indices_BK = self._index.search(torch.stack(list(answers)), max(ks))
+        return [
+            InferenceResult(scores_BK[i, :k], indices_BK[i, :k], tokens)
+            for i, (k, tokens) in enumerate(zip(ks, reused, strict=True))
+        ]
+
+    def health(self) -> Health:
+        if self._model is None:
+            return Health(False, "engine native is not loaded")
+        return Health(True)
+
+    def close(self) -> None:
+        self._model = None
+        for layers in {id(layers): layers for layers in self._layers.values()}.values():
+            layers.close()
+        self._layers = {}
+        self._index = None
+
+
+def _answer_rows(x_TD: Tensor, plan: BatchPlan) -> Tensor:
+    rows_R = plan.answer_rows()
+    if len(plan.sequences) == 1 and rows_R[0] >= 0:
+        return x_TD[rows_R[0] : rows_R[-1] + 1]
+    rows_RD = x_TD.new_zeros(len(rows_R), x_TD.shape[1])
+    there = rows_R >= 0
+    rows_RD[torch.from_numpy(there)] = x_TD[torch.from_numpy(rows_R[there])]
+    return rows_RD
+
+
+def _load_layers(
+    model: StackModel, stack: Stack, options: EngineOptions, own: NativeOptions, threads: int
+) -> _Layers:
+    runner = make_stack(stack, options.dtype, threads=threads, isa=own.isa)
+    space = None
+    cache = options.caches.get(CacheKind.USER_KV)
+    if isinstance(cache, BlockCache):
+        width = stack.num_heads * (stack.d_qk + stack.d_v)
+        space = cache.space(
+            _namespace(model, runner, options.dtype),
+            block_tokens=BLOCK_TOKENS,
+            block_bytes=runner.block_bytes,
+            # Multiplications of one layer: projections, and scores with their values.
+            token_cost=2.0 * width * stack.d_model + stack.layers[0].output_weight.numel(),
+            pair_cost=float(width),
+        )
+    logger.info(
+        "%s/%s: engine native on %s, %d threads, K/V cache: %s",
+        model.bundle.name,
+        model.bundle.version,
+        runner.name,
+        threads,
+        "none" if space is None else f"{model.prefix_stability.reusable} histories",
+    )
+    max_tokens = max(1, min(options.max_batch_tokens, own.workspace_bytes // _token_bytes(stack)))
+    return _Layers(runner, space, Scratch(BLOCK_TOKENS, runner.block_bytes), max_tokens)
+
+
+def _token_bytes(stack: Stack) -> int:
+    """Memory that a token needs while it is computed: its row, U, Q and a gated row, in float32."""
+    width = stack.num_heads * (stack.d_qk + stack.d_v)
+    return 4 * (stack.d_model + 2 * width)
+
+
+def _namespace(model: Model, runner: HSTUStack, dtype: str) -> bytes:
+    """What all K and V of a loaded model depend on besides the tokens."""
+    digest = hashlib.blake2b(model.bundle.identity, digest_size=32)
+    digest.update(f"|{runner.name}|{dtype}|{BLOCK_TOKENS}|".encode())
+    if model.bundle.source is not None:
+        # The weights may come from elsewhere and change without a trace in the bundle.
+        digest.update(os.urandom(32))
+    return digest.digest()
+
+
+__all__ = ["NativeEngine"]
