@@ -34,6 +34,7 @@ from pydantic_core import ErrorDetails
 from gr_core.batcher import BatchingOptions
 from gr_core.contracts import CacheKind
 from gr_core.errors import ConfigurationError, Violation
+from gr_core.histories import CAPACITY_BYTES
 from gr_core.plugins.host import ALLOW_VARIABLE, BLOCK_VARIABLE
 from gr_core.validation import Limits
 
@@ -181,6 +182,14 @@ class CacheSection(Section):
     )
 
 
+class HistoriesSection(Section):
+    """Histories kept for users who return and send only what is new."""
+
+    capacity_bytes: Bytes = Field(
+        default=CAPACITY_BYTES, ge=0, description='Bound, e.g. "256MiB"; 0: none are kept.'
+    )
+
+
 class LimitsSection(Section):
     """What a request may ask for; more is refused as invalid."""
 
@@ -225,6 +234,7 @@ class Config(Section):
     pipelines: tuple[PipelineSection, ...] = ()
     batching: BatchingSection = BatchingSection()
     cache: dict[CacheKind, CacheSection] = Field(default_factory=dict)
+    histories: HistoriesSection = HistoriesSection()
     limits: LimitsSection = LimitsSection()
     server: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="Settings of each protocol, as its plugin documents them."

@@ -65,6 +65,21 @@ class FailedPrecondition(UserError):
     """The request is well formed, but the state of the server does not allow it."""
 
 
+class UnknownHistory(FailedPrecondition):
+    """The server has no such history (any more); the remedy is to send it whole.
+
+    It says the same of a handle that was evicted, made up, or given to another user or for other
+    models or versions, so that nothing can be learnt from trying handles.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(
+            message
+            or "history_handle: not known here for this user and these models; "
+            "send the whole history without it"
+        )
+
+
 class Overloaded(GrError):
     """A bounded queue is full. `retry_after_s` is an estimate of when to come back, in seconds."""
 

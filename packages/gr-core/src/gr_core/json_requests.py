@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -43,8 +44,8 @@ def request_of(data: Any, where: str = "request") -> RecommendRequest:
 
     ``history`` is a list of ``{"item_id", "timestamp_ms", "signals": {}}`` or the columns
     ``{"item_ids": [], "timestamps_ms": [], "signals": {name: []}}``; ``candidates`` a list of item
-    ids or ``{"item_ids": [], "features": {name: []}}``. Raises `InvalidRequest` that names all
-    fields which are wrong.
+    ids or ``{"item_ids": [], "features": {name: []}}``; ``history_handle`` is in base64. Raises
+    `InvalidRequest` that names all fields which are wrong.
     """
     if not isinstance(data, dict):
         raise InvalidRequest([Violation(where, f"{data!r:.60}, expected an object")])
@@ -73,7 +74,7 @@ def _explained(value: Any, error: Exception) -> str:
 
 
 def answer_as_dict(answer: Recommendation) -> dict[str, Any]:
-    """An answer for JSON; times in milliseconds."""
+    """An answer for JSON; times in milliseconds, the history's handle in base64."""
     return {
         "request_id": answer.request_id,
         "items": [
@@ -103,6 +104,7 @@ def answer_as_dict(answer: Recommendation) -> dict[str, Any]:
         "total_ms": answer.total_s * 1e3,
         "unknown_items": answer.unknown_items,
         "unscored_item_ids": list(answer.unscored_item_ids),
+        "history_handle": base64.b64encode(answer.history_handle).decode(),
     }
 
 
@@ -125,6 +127,13 @@ def _flag(value: Any) -> bool:
     if type(value) is not bool:
         raise TypeError("expected true or false")
     return value
+
+
+def _base64(value: Any) -> bytes:
+    try:
+        return base64.b64decode(_text(value), validate=True)
+    except ValueError:
+        raise TypeError("expected base64") from None
 
 
 def _table(value: Any) -> Mapping[str, Any]:
@@ -198,4 +207,5 @@ _CONVERT: Mapping[str, Callable[[Any], Any]] = {
     "exclude_item_ids": _item_ids,
     "head_weights": _table,
     "request_id": _text,
+    "history_handle": _base64,
 }

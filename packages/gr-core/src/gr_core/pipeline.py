@@ -23,8 +23,10 @@ from gr_core.errors import (
     InvalidRequest,
     NotFound,
     Unavailable,
+    UnknownHistory,
     Violation,
 )
+from gr_core.histories import CAPACITY_BYTES, HistoryStore, Owner, StoredHistory
 from gr_core.observers import Observer, Observers, RequestEvent
 from gr_core.planner import PROFILE, load_profile
 from gr_core.plugins.registry import Registry
@@ -48,6 +50,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+
+HISTORIES = "histories"
+"""What the store of histories is called among the caches' statistics."""
 
 _INLINE_ROWS = 4096
 """Requests with more rows are encoded on a thread, so that the event loop is never held up."""
@@ -108,6 +113,8 @@ class _Run:
     stages: list[StageReport] = field(default_factory=list)
     features_s: float = 0.0
     unknown_items: int = 0
+    history_length: int = 0
+    """Of the whole history, also where the request brought a part of it."""
 
 
 class Pipeline:
@@ -122,9 +129,12 @@ class Pipeline:
         *,
         limits: Limits | None = None,
         poll_seconds: float = 1.0,
+        histories_bytes: int = CAPACITY_BYTES,
     ) -> None:
+        """``histories_bytes`` bounds the histories kept for handles; 0: none are kept."""
         self._environment = environment
         self._limits = limits or Limits()
+        self._histories = HistoryStore(histories_bytes, self._limits) if histories_bytes else None
         self._rollout = Rollout(repository, models, environment, poll_seconds)
         self._models = models
         self._pipelines = pipelines
@@ -155,6 +165,7 @@ class Pipeline:
             ),
             limits=Limits(**dict(config.limits)),
             poll_seconds=config.repository.poll_seconds,
+            histories_bytes=config.histories.capacity_bytes,
         )
 
     async def start(self) -> None:
@@ -170,10 +181,10 @@ class Pipeline:
     async def recommend(self, request: RecommendRequest) -> Recommendation:
         """Answers a request.
 
-        Raises `InvalidRequest`, `NotFound`, `Overloaded`, `DeadlineExceeded`, `Unavailable`.
-        Cancelling it drops the request from its queue.
+        Raises `InvalidRequest`, `NotFound`, `UnknownHistory`, `Overloaded`, `DeadlineExceeded`,
+        `Unavailable`. Cancelling it drops the request from its queue.
         """
-        run = _Run(time.monotonic())
+        run = _Run(time.monotonic(), history_length=len(request.history))
         if not request.request_id or request.request_time_ms is None:
             request = replace(
                 request,
@@ -203,16 +214,61 @@ class Pipeline:
         reranks = not ranking and request.task is None and bool(route.rank) and route.rerank
         with ExitStack() as leases:
             ranker = self._lease(leases, route.rank, request) if ranking or reranks else None
-            if ranking:
-                assert ranker is not None
-                return await self._rank(ranker, request, run)
-            retriever = self._lease(leases, route.retrieve, request)
-            if ranker is None:
-                return await self._retrieve(retriever, request, run)
-            wanted = max(route.retrieve_k, request.k)
-            indices, _ = await self._retrieve_indices(retriever, request, wanted, run)
-            found = Candidates(retriever.model.catalogue.ids_of(indices))
-            return await self._rank(ranker, replace(request, candidates=found), run)
+            retriever = None if ranking else self._lease(leases, route.retrieve, request)
+            if self._histories is None or not request.user_id:
+                if request.history_handle:
+                    raise UnknownHistory
+                return await self._stages(route, retriever, ranker, request, run)
+            # Drawn before anything is awaited, with the leases: these versions answer.
+            owner, drops = self._owner(route, request), self._histories.drops
+            known = None
+            if request.history_handle:
+                known = self._histories.find(request.history_handle, owner)
+            whole = await self._whole_history(self._histories, owner, request, known, run)
+            request = replace(request, history=whole.history, history_handle=b"")
+            answer = await self._stages(route, retriever, ranker, request, run)
+            return replace(answer, history_handle=self._histories.keep(whole, known, drops))
+
+    async def _stages(
+        self,
+        route: PipelineSpec,
+        retriever: Deployment | None,
+        ranker: Deployment | None,
+        request: RecommendRequest,
+        run: _Run,
+    ) -> Recommendation:
+        """Retrieves, ranks, or both, as deployments are given."""
+        if retriever is None:
+            assert ranker is not None
+            return await self._rank(ranker, request, run)
+        if ranker is None:
+            return await self._retrieve(retriever, request, run)
+        wanted = max(route.retrieve_k, request.k)
+        indices, _ = await self._retrieve_indices(retriever, request, wanted, run)
+        found = Candidates(retriever.model.catalogue.ids_of(indices))
+        return await self._rank(ranker, replace(request, candidates=found), run)
+
+    def _owner(self, route: PipelineSpec, request: RecommendRequest) -> Owner:
+        """The user and all models of a route, whichever of them the request needs."""
+        models = [
+            (model, self._rollout.deployment(model, request.version).version if model else "")
+            for model in (route.retrieve, route.rank)
+        ]
+        return Owner.of(request.user_id, models)
+
+    async def _whole_history(
+        self,
+        store: HistoryStore,
+        owner: Owner,
+        request: RecommendRequest,
+        known: StoredHistory | None,
+        run: _Run,
+    ) -> StoredHistory:
+        """What the request brought, behind what is known."""
+        rows = len(request.history) + (0 if known is None else len(known.history))
+        whole = await self._features(rows, run, store.extended, owner, request.history, known)
+        run.history_length = len(whole.history)
+        return whole
 
     async def _retrieve(
         self, deployment: Deployment, request: RecommendRequest, run: _Run
@@ -226,7 +282,9 @@ class Pipeline:
         """The best k indices that are not excluded, (≤ k,), and their scores."""
         model = deployment.model
         encoding, excluded = await self._features(
-            request, run, lambda: (model.encode(request, Task.RETRIEVE), _excluded(model, request))
+            _rows(request),
+            run,
+            lambda: (model.encode(request, Task.RETRIEVE), _excluded(model, request)),
         )
         run.unknown_items = encoding.unknown_items
         fetched = min(len(model.catalogue), k + len(excluded))
@@ -245,7 +303,9 @@ class Pipeline:
         self, deployment: Deployment, request: RecommendRequest, run: _Run
     ) -> Recommendation:
         assert request.candidates is not None
-        encoding = await self._features(request, run, deployment.model.encode, request, Task.RANK)
+        encoding = await self._features(
+            _rows(request), run, deployment.model.encode, request, Task.RANK
+        )
         run.unknown_items = max(run.unknown_items, encoding.unknown_items)
         unscored = request.candidates.item_ids[encoding.unscored].tolist()
         if not len(encoding.candidate_indices):
@@ -268,11 +328,10 @@ class Pipeline:
         )
 
     async def _features(
-        self, request: RecommendRequest, run: _Run, compute: Callable[..., _T], *arguments: Any
+        self, rows: int, run: _Run, compute: Callable[..., _T], *arguments: Any
     ) -> _T:
         """What takes time in proportion to a request's rows."""
         started = time.monotonic()
-        rows = len(request.history) + len(request.candidates or ()) + len(request.exclude_item_ids)
         if rows <= _INLINE_ROWS:
             result = compute(*arguments)
         else:
@@ -371,7 +430,7 @@ class Pipeline:
                 outcome=outcome,
                 total_s=time.monotonic() - run.started,
                 features_s=run.features_s,
-                history_length=len(request.history),
+                history_length=run.history_length,
                 candidates=len(request.candidates or ()),
                 stages=run.stages,
             )
@@ -409,11 +468,16 @@ class Pipeline:
         return self._rollout.health()
 
     def drop_user(self, user_id: str) -> int:
-        """Drops what caches hold of a user and returns the number of entries."""
-        return sum(cache.evict(user_id) for cache in self._environment.caches.values())
+        """Drops what caches and stored histories hold of a user; the number of entries."""
+        dropped = sum(cache.evict(user_id) for cache in self._environment.caches.values())
+        return dropped + (0 if self._histories is None else self._histories.drop(user_id))
 
     def cache_statistics(self) -> Mapping[str, CacheStatistics]:
-        return {kind: cache.statistics() for kind, cache in self._environment.caches.items()}
+        """By kind of cache, and of the stored histories as `HISTORIES`, if any are kept."""
+        found = {str(kind): cache.statistics() for kind, cache in self._environment.caches.items()}
+        if self._histories is not None:
+            found[HISTORIES] = self._histories.statistics()
+        return found
 
     def queue_depths(self) -> Mapping[str, int]:
         """Requests waiting, by ``model/version/engine``."""
@@ -461,6 +525,10 @@ def _routes(
 def _ranks(request: RecommendRequest) -> bool:
     """Whether given candidates are to be ranked, rather than items retrieved."""
     return bool(request.candidates) if request.task is None else request.task is Task.RANK
+
+
+def _rows(request: RecommendRequest) -> int:
+    return len(request.history) + len(request.candidates or ()) + len(request.exclude_item_ids)
 
 
 def _excluded(model: Model, request: RecommendRequest) -> IntArray:

@@ -113,6 +113,7 @@ class RecommendRequest:
     """
 
     history: History
+    """What the user did; with ``history_handle``, only what is new since the answer it is from."""
     candidates: Candidates | None = None
     k: int = 10
     """How many items to return, at least 1."""
@@ -132,6 +133,9 @@ class RecommendRequest:
     head_weights: Mapping[str, float] = field(default_factory=dict)
     """Weights of the heads in the final score of a ranked item; empty means the model's own."""
     request_id: str = ""
+    history_handle: bytes = b""
+    """Of an earlier answer to the same user by the same models; ``history`` is appended to the
+    history that it was computed from. Empty means that ``history`` is all."""
     deadline: float | None = None
     """`time.monotonic()` seconds after which the answer is of no use."""
 
@@ -180,3 +184,6 @@ class Recommendation:
     """Behaviours of the history whose item the model does not know; they were left out."""
     unscored_item_ids: Sequence[ItemId] = ()
     """Candidates that the model does not know and therefore could not score."""
+    history_handle: bytes = b""
+    """For the user's next request, see `RecommendRequest.history_handle`. Empty if the history was
+    not stored: there is no ``user_id``, or the server keeps no histories."""
