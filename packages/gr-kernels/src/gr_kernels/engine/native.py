@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -200,6 +200,3 @@ def _namespace(model: Model, runner: HSTUStack, dtype: str) -> bytes:
         # The weights may come from elsewhere and change without a trace in the bundle.
         digest.update(os.urandom(32))
     return digest.digest()
-
-
-__all__ = ["NativeEngine"]

@@ -42,7 +42,8 @@ class Segment:
 
     blocks: npt.NDArray[np.uintp]
     """Addresses of the ceil(N / BLOCK_TOKENS) blocks, each `HSTUStack.block_bytes` large, aligned
-    to 64 bytes. What they hold at or beyond token N is arbitrary, NaN perhaps, and has no effect."""
+    to 64 bytes. What they hold at or beyond token N is arbitrary, NaN perhaps, and without effect.
+    """
     cached: int
     new: int
     candidates: int
