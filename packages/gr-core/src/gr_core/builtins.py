@@ -37,7 +37,7 @@ def gr_register_caches() -> Iterable[CacheDescriptor]:
             name="memory",
             factory="gr_core.caches.memory:MemoryCache",
             summary="Least recently used, in this process's memory.",
-            kinds=tuple(kind.value for kind in CacheKind),
+            kinds=(CacheKind.RESULTS.value, CacheKind.EMBEDDINGS.value),
         )
     ]
 

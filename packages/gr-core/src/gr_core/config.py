@@ -180,6 +180,9 @@ class CacheSection(Section):
     capacity_bytes: Bytes = Field(
         default=64 << 20, ge=1, description='Bound, e.g. 1048576 or "64MiB".'
     )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Options that only the plugin knows."
+    )
 
 
 class HistoriesSection(Section):

@@ -284,26 +284,32 @@ class CacheKind(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class CacheStatistics:
+    """Counts since the cache was made, and what it holds now.
+
+    An `EntryCache` counts lookups and entries. A `BlockCache` counts the tokens of acquired
+    sequences, reused ones as hits and others as misses, and blocks as entries and evictions.
+    """
+
     hits: int = 0
     misses: int = 0
     evictions: int = 0
+    """What made room for others."""
     entries: int = 0
     bytes: int = 0
     capacity_bytes: int = 0
+    tiers: Mapping[str, CacheStatistics] = field(default_factory=dict)
+    """The same of what stands behind it, e.g. ``file``: hits and misses are of what was looked
+    for there."""
 
 
 class Cache(Protocol):
     """Bounded memory by content. Its factory is called as ``factory(capacity_bytes, **options)``.
 
-    The options are the plugin's own, from its table of the configuration. A key is a digest of everything that a value depends on, so a hit is exact by construction. The
-    owner serves to drop a user's entries on demand. All methods are thread-safe and quick.
+    The options are the plugin's own, from its table of the configuration; an unknown one is a
+    TypeError, a wrong one a ValueError. What is looked up by is a digest of everything that a
+    value depends on, so a hit is exact by construction. An owner serves to drop a user's entries
+    on demand. All methods are thread-safe and quick.
     """
-
-    def get(self, key: bytes) -> Any | None: ...
-
-    def put(self, key: bytes, value: Any, size: int, owner: str = "") -> None:
-        """Keeps ``value`` of ``size`` bytes, evicting others; one larger than the cache is not."""
-        ...
 
     def evict(self, owner: str) -> int:
         """Drops all entries of an owner and returns their number."""
@@ -315,6 +321,17 @@ class Cache(Protocol):
 
     def close(self) -> None:
         """Frees everything; what outlives the process is complete on disk. May be called twice."""
+        ...
+
+
+@runtime_checkable
+class EntryCache(Cache, Protocol):
+    """A cache of whole values, for every kind but `CacheKind.USER_KV`."""
+
+    def get(self, key: bytes) -> Any | None: ...
+
+    def put(self, key: bytes, value: Any, size: int, owner: str = "") -> None:
+        """Keeps ``value`` of ``size`` bytes, evicting others; one larger than the cache is not."""
         ...
 
 
@@ -332,7 +349,11 @@ class BlockLease(Protocol):
         ...
 
     def commit(self, tokens: int) -> None:
-        """Publishes the first ``tokens`` tokens, which are written now, to later sequences."""
+        """Publishes the first ``tokens`` tokens, which are written now, to later sequences.
+
+        What is published may not be written any more. Nothing is where the owner, the cache or
+        the space was dropped meanwhile.
+        """
         ...
 
     def release(self) -> None:
@@ -348,14 +369,15 @@ class BlockSpace(Protocol):
     ) -> BlockLease | None:
         """Blocks for a sequence of tokens with the given content, shape (tokens, width).
 
-        Blocks that hold tokens with the same salt and the same content up to there are shared, for
-        the first ``reusable`` tokens at most; for the others there is fresh memory, its content
-        arbitrary. None if there is not enough memory that nobody holds.
+        The width is the same for all sequences of a space. Blocks that hold tokens with the same
+        salt and the same content up to there are shared, for the first ``reusable`` tokens at
+        most; for the others there is fresh memory, its content arbitrary. None if there is not
+        enough memory that nobody holds.
         """
         ...
 
     def close(self) -> None:
-        """Gives back the memory of all blocks, which nobody may hold any more."""
+        """Gives back the memory of all blocks; of those that are held, once they are released."""
         ...
 
 
@@ -365,7 +387,7 @@ class BlockCache(Cache, Protocol):
 
     Reuse is by content: a chain of digests over the namespace, the salt, and every token from the
     first. So a history that grew hits its prefix, a changed one only what is equal, and users with
-    the same prefix share it.
+    the same prefix share it. An owner's entries are the blocks that it committed and nobody else.
     """
 
     def space(
@@ -379,8 +401,9 @@ class BlockCache(Cache, Protocol):
     ) -> BlockSpace:
         """A space of its own for everything that ``namespace`` stands for.
 
-        That is the model's version, its precision, and what else K and V depend on. Recomputing
-        token i costs ``token_cost + i·pair_cost``, in any unit.
+        That is the model's version, its precision, and what else K and V depend on. Spaces of the
+        same namespace and layout share their blocks. Recomputing token i costs
+        ``token_cost + i·pair_cost``, in any unit that is the same for all spaces.
         """
         ...
 

@@ -22,6 +22,7 @@ from gr_core.contracts import (
     EncodedRequest,
     Engine,
     EngineOptions,
+    EntryCache,
     Health,
     InferenceResult,
     Model,
@@ -133,7 +134,7 @@ class Deployment:
         spec: ModelSpec,
         loaded: Mapping[Task, _Loaded],
         plans: Mapping[Task, Plan],
-        results: Cache | None,
+        results: EntryCache | None,
     ) -> None:
         self.model = model
         self.spec = spec
@@ -182,12 +183,14 @@ class Deployment:
                 entry.engine.close()
             model.close()
             raise
+        results = environment.caches.get(CacheKind.RESULTS)
+        assert results is None or isinstance(results, EntryCache)
         return Deployment(
             model,
             spec,
             by_task,
             {task: entry.plan for task, entry in by_task.items()},
-            environment.caches.get(CacheKind.RESULTS),
+            results,
         )
 
     async def infer(self, task: Task, request: EncodedRequest, deadline: float | None) -> Batched:

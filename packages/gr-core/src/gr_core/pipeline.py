@@ -16,6 +16,7 @@ import numpy as np
 
 from gr_core.artifacts import cache_folder
 from gr_core.batcher import Batched, BatchingOptions
+from gr_core.caches import open_caches
 from gr_core.contracts import CacheStatistics, Encoding, Health, Model
 from gr_core.deployment import Deployment, Environment, ModelSpec
 from gr_core.errors import (
@@ -156,10 +157,7 @@ class Pipeline:
             Environment(
                 registry=registry,
                 batching=BatchingOptions(**dict(config.batching)),
-                caches={
-                    kind: registry.caches[section.cache].resolve()(section.capacity_bytes)
-                    for kind, section in config.cache.items()
-                },
+                caches=open_caches(config.cache, registry),
                 observers=Observers(observers),
                 profile=load_profile(cache_folder() / PROFILE),
             ),
@@ -488,6 +486,8 @@ class Pipeline:
         self._closing = True
         await self._rollout.close()
         self._encoder.shutdown(wait=True)
+        for cache in self._environment.caches.values():
+            await asyncio.to_thread(cache.close)
 
 
 def _routes(

@@ -18,7 +18,7 @@ class _Entry:
 
 
 class MemoryCache:
-    """Implements `gr_core.contracts.Cache`. An entry counts its own size plus its key's."""
+    """Implements `gr_core.contracts.EntryCache`. An entry counts its own size plus its key's."""
 
     def __init__(self, capacity_bytes: int) -> None:
         if capacity_bytes < 1:

@@ -86,10 +86,11 @@ class EngineDescriptor(Descriptor):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheDescriptor(Descriptor):
-    """``factory(capacity_bytes) -> Cache``."""
+    """``factory(capacity_bytes, **options) -> EntryCache | BlockCache``."""
 
     kinds: tuple[str, ...]
-    """What it may hold, see `gr_core.contracts.CacheKind`."""
+    """What it may hold, see `gr_core.contracts.CacheKind`: ``user_kv`` calls for a `BlockCache`,
+    the others for an `EntryCache`."""
     tiers: tuple[str, ...] = ("memory",)
 
 

@@ -1,4 +1,4 @@
-"""What every cache must do."""
+"""What every cache of entries must do."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import ClassVar
 
 import pytest
 
-from gr_core.contracts import Cache
+from gr_core.contracts import EntryCache
 from gr_core.plugins.registry import Registry
 from gr_core.testing.suite import Suite
 
-MakeCache = Callable[[int], Cache]
+MakeCache = Callable[[int], EntryCache]
 
 
 class CacheSuite(Suite):
