@@ -1,0 +1,1 @@
+"""The ops: one folder each, with its definition and its implementations."""

@@ -1,0 +1,7 @@
+"""The op `hstu_stack`: all layers of an HSTU or MTGR model over jagged tokens."""
+
+from __future__ import annotations
+
+from gr_kernels.ops.hstu_stack.interface import BLOCK_TOKENS, HSTUStack, Rows, Segment
+
+__all__ = ["BLOCK_TOKENS", "HSTUStack", "Rows", "Segment"]

@@ -1,0 +1,11 @@
+from __future__ import annotations
+
+import torch
+from hypothesis import settings
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("gr", deadline=None)
+settings.load_profile("gr")
+
+# On small tensors a second thread costs more than it gives, most of all on a busy machine.
+torch.set_num_threads(1)
