@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-QUERY_BLOCK = 128
-KEY_BLOCK = 1024
+QUERY_BLOCK = 256
+KEY_BLOCK = 512
 """So many scores a head are computed at once: few enough to stay in a processor's cache."""
 
 
@@ -45,7 +45,11 @@ def attend(
     Query i sees the keys low[i] to high[i] - 1, and the key own[i] where that is not -1. What
     nobody sees is never read.
     """
-    a_THV = q_THK.new_zeros(len(q_THK), *v_SHV.shape[1:])
+    # Most own keys just follow the interval; so they cost nothing of their own.
+    high_T = high_T + ((own_T == high_T) & (low_T <= high_T))
+    # Contiguous for each head: otherwise every product would copy its operands.
+    q_HTK, k_HSK, v_HSV = (x.transpose(0, 1).contiguous() for x in (q_THK, k_SHK, v_SHV))
+    a_HTV = q_HTK.new_zeros(*q_HTK.shape[:2], v_HSV.shape[2])
     for start in range(0, len(q_THK), QUERY_BLOCK):
         queries = slice(start, min(start + QUERY_BLOCK, len(q_THK)))
         low_R, high_R = low_T[queries], high_T[queries]
@@ -53,17 +57,16 @@ def attend(
         if not some.any():
             continue
         begin, end = int(low_R[some].min()), int(high_R[some].max())
-        q_HRK = q_THK[queries].transpose(0, 1)
-        a_HRV = a_THV[queries].transpose(0, 1)
+        q_HRK, a_HRV = q_HTK[:, queries], a_HTV[:, queries]
         for first in range(begin, end, KEY_BLOCK):
             keys = slice(first, min(first + KEY_BLOCK, end))
-            k_HKE = k_SHK[keys].permute(1, 2, 0)
-            score_HRE = torch.matmul(q_HRK, k_HKE)
+            score_HRE = torch.bmm(q_HRK, k_HSK[:, keys].transpose(1, 2))
             if bias is not None:
                 score_HRE += bias.block(queries, keys)
             F.silu(score_HRE, inplace=True)
             _mask(score_HRE, low_R, high_R, keys)
-            a_HRV += torch.matmul(score_HRE, v_SHV[keys].transpose(0, 1))
+            a_HRV += torch.bmm(score_HRE, v_HSV[:, keys])
+    a_THV = a_HTV.transpose(0, 1)
     _add_own(a_THV, q_THK, k_SHK, v_SHV, low_T, high_T, own_T, bias)
     return a_THV
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gr_kernels.ops.hstu_stack.choice import make_stack
 from gr_kernels.ops.hstu_stack.interface import BLOCK_TOKENS, HSTUStack, Rows, Segment
 
-__all__ = ["BLOCK_TOKENS", "HSTUStack", "Rows", "Segment"]
+__all__ = ["BLOCK_TOKENS", "HSTUStack", "Rows", "Segment", "make_stack"]
