@@ -16,17 +16,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from server_load.processes import ask, cpu_seconds, described, machine, python, read
 
 HERE = Path(__file__).parent
 LOAD = HERE / "server_load"
@@ -68,10 +66,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         write_trivial_model(Path(folder))
         if options.config is not None:
             sides["model"] = (options.config, known_items(options.config))
-        client = running.enter_context(process([str(LOAD / "client.py")]))
+        client = running.enter_context(python("-m", "server_load.client"))
         servers = {}
         for side, (path, _) in sides.items():
-            server = running.enter_context(process([str(LOAD / "sides.py"), side, str(path)]))
+            server = running.enter_context(python(str(LOAD / "sides.py"), side, str(path)))
             servers[side] = (read(server), server.pid)
         total, done = options.rounds * len(options.rows) * len(loads) * len(sides), 0
         for number in range(options.rounds):
@@ -97,7 +95,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "what": (__doc__ or "").splitlines()[0],
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"cpus": os.cpu_count(), "python": platform.python_version(), **versions()},
+        "machine": machine("grpcio", "protobuf", "uvloop", "numpy"),
         "seconds": options.seconds,
         "rounds": options.rounds,
         "measurements": cells,
@@ -129,64 +127,13 @@ def known_items(file: Path) -> list[int]:
     return [int(i) for i in ids if isinstance(i, int) or str(i).isdecimal()]
 
 
-def versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("grpcio", "protobuf", "uvloop", "numpy")}
-
-
-# ── Processes ────────────────────────────────────────────────────────────────────────────────────
-
-
-@contextmanager
-def process(command: list[str]) -> Iterator[subprocess.Popen[str]]:
-    """A Python process that ends when its standard input does."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, *command],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-    ) as running:  # fmt: skip
-        try:
-            yield running
-        finally:
-            assert running.stdin is not None
-            running.stdin.close()
-            running.wait(30)
-
-
-def cpu_seconds(pid: int) -> float:
-    """Processor time of a process so far, all its threads; 0 where there is no /proc."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def read(running: subprocess.Popen[str]) -> str:
-    assert running.stdout is not None
-    line = running.stdout.readline()
-    if not line:
-        raise SystemExit("a process of the benchmark ended early; see its error above")
-    return line.strip()
-
-
-def ask(client: subprocess.Popen[str], job: dict[str, Any]) -> dict[str, Any]:
-    assert client.stdin is not None
-    client.stdin.write(json.dumps(job) + "\n")
-    client.stdin.flush()
-    answer: dict[str, Any] = json.loads(read(client))
-    return answer
-
-
 # ── Report ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def conditions(report: dict[str, Any]) -> str:
-    machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
     return (
-        f"{report['when']}; {machine}. Medians of {report['rounds']} rounds of "
-        f"{report['seconds']:g} s each; ratios are medians of the ratios within rounds."
+        f"{report['when']}; {described(report['machine'])}. Medians of {report['rounds']} rounds "
+        f"of {report['seconds']:g} s each; ratios are medians of the ratios within rounds."
     )
 
 

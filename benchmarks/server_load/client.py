@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import grpc.aio
 import numpy as np
+from server_load.arrivals import closed_loop, open_loop, percentiles, poisson
 
 from gr_core.types import History, RecommendRequest
 from gr_serve_grpc.convert import message_from_request
@@ -70,52 +70,13 @@ async def run(job: dict[str, Any]) -> dict[str, Any]:
         if job["concurrency"]:
             seconds = await closed_loop(ask, job["concurrency"], job["seconds"])
         else:
-            seconds = await open_loop(ask, job["rate"], job["seconds"])
-    milliseconds = np.array(latencies) * 1e3
+            seconds = await open_loop(ask, poisson(job["rate"], job["seconds"], seed=11))
     return {
         "requests_per_s": len(latencies) / seconds,
-        "p50_ms": float(np.percentile(milliseconds, 50)),
-        "p99_ms": float(np.percentile(milliseconds, 99)),
+        **percentiles(latencies, (50, 99)),
         "failures": len(failures),
         "sent": sent,
     }
-
-
-async def closed_loop(
-    ask: Callable[[int, float], Awaitable[None]], concurrency: int, seconds: float
-) -> float:
-    """Each of so many callers asks again as soon as it is answered."""
-    started = time.perf_counter()
-    end = started + seconds
-
-    async def caller(name: int) -> None:
-        number = name
-        while (now := time.perf_counter()) < end:
-            await ask(number, now)
-            number += concurrency
-
-    await asyncio.gather(*(caller(i) for i in range(concurrency)))
-    return time.perf_counter() - started
-
-
-async def open_loop(
-    ask: Callable[[int, float], Awaitable[None]], rate: float, seconds: float
-) -> float:
-    """Requests arrive at random times, whether or not others are answered. Latency counts from the
-    time at which a request should have been sent."""
-    generator = random.Random(11)
-    started = due = time.perf_counter()
-    tasks: list[asyncio.Task[None]] = []
-    while due < started + seconds:
-        due += generator.expovariate(rate)
-        # Timers of event loops are accurate to a millisecond; the rest is waited for actively.
-        if (wait := due - time.perf_counter()) > 0.002:
-            await asyncio.sleep(wait - 0.0015)
-        while time.perf_counter() < due:
-            await asyncio.sleep(0)
-        tasks.append(asyncio.ensure_future(ask(len(tasks), due)))
-    await asyncio.gather(*tasks)
-    return time.perf_counter() - started
 
 
 async def main() -> None:
