@@ -1,4 +1,4 @@
-"""The memory cache against a naive model of itself, and under threads."""
+"""The memory cache against a naive model of itself, and under threads; caches by configuration."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from gr_core import CacheDescriptor
+from gr_core.caches import open_caches
 from gr_core.caches.memory import MemoryCache
+from gr_core.config import CacheSection
+from gr_core.contracts import CacheKind
+from gr_core.errors import ConfigurationError
+from gr_core.plugins.registry import Registry
 
 keys = st.integers(0, 7).map(lambda n: b"%d" % n)
 owners = st.sampled_from(["", "ada", "bob"])
@@ -133,3 +139,20 @@ def test_threads_leave_it_whole() -> None:
     for owner in map(str, range(5)):
         cache.evict(owner)
     assert cache.statistics().bytes == 0
+
+
+def test_a_cache_is_found_by_what_it_holds_and_can_be_off():
+    registry = Registry.of(
+        CacheDescriptor(
+            name="entries", factory="gr_core.caches.memory:MemoryCache", kinds=("results",)
+        ),
+        CacheDescriptor(
+            name="blocks", factory="gr_core.caches.memory:MemoryCache", kinds=("user_kv",)
+        ),
+    )
+    assert set(open_caches({}, registry)) == {CacheKind.USER_KV}, "made without being asked"
+    assert open_caches({CacheKind.USER_KV: CacheSection(cache="off")}, registry) == {}
+    asked = {CacheKind.RESULTS: CacheSection(capacity_bytes=512)}
+    assert open_caches(asked, registry)[CacheKind.RESULTS].statistics().capacity_bytes == 512
+    with pytest.raises(ConfigurationError, match="no installed plugin offers a cache of embed"):
+        open_caches({CacheKind.EMBEDDINGS: CacheSection()}, registry)

@@ -176,9 +176,12 @@ class BatchingSection(Section):
 class CacheSection(Section):
     """A cache, by what it holds."""
 
-    cache: str = Field(default="memory", description="Name of the cache plugin.")
+    cache: str = Field(
+        default="auto",
+        description='Name of the cache plugin; "auto": one that can hold it, "off": none.',
+    )
     capacity_bytes: Bytes = Field(
-        default=64 << 20, ge=1, description='Bound, e.g. 1048576 or "64MiB".'
+        default=256 << 20, ge=1, description='Bound, e.g. 1048576 or "256MiB".'
     )
     options: dict[str, Any] = Field(
         default_factory=dict, description="Options that only the plugin knows."

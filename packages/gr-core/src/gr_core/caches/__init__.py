@@ -13,17 +13,27 @@ from gr_core.plugins.registry import Registry
 if TYPE_CHECKING:
     from gr_core.config import CacheSection
 
+AUTO, OFF = "auto", "off"
+
 
 def open_caches(sections: Mapping[CacheKind, CacheSection], registry: Registry) -> dict[str, Cache]:
     """The caches of a configuration, by what they hold.
+
+    K and V of histories are cached without being asked, where a plugin can: unlike results, which
+    repeat only where whole requests do, they serve every user who returns.
 
     Raises `ConfigurationError` for a cache that cannot hold it and for options that it does not
     know or cannot use; then none stays open.
     """
     caches: dict[str, Cache] = {}
+    if CacheKind.USER_KV not in sections and _able(CacheKind.USER_KV, registry):
+        from gr_core.config import CacheSection
+
+        sections = {**sections, CacheKind.USER_KV: CacheSection()}
     try:
         for kind, section in sections.items():
-            caches[kind] = _open(kind, section, registry)
+            if section.cache != OFF:
+                caches[kind] = _open(kind, section, registry)
     except BaseException:
         for cache in caches.values():
             cache.close()
@@ -31,10 +41,16 @@ def open_caches(sections: Mapping[CacheKind, CacheSection], registry: Registry) 
     return caches
 
 
+def _able(kind: CacheKind, registry: Registry) -> list[str]:
+    return [name for name in registry.caches if kind in registry.caches[name].kinds]
+
+
 def _open(kind: CacheKind, section: CacheSection, registry: Registry) -> Cache:
-    descriptor = registry.caches[section.cache]
+    able = _able(kind, registry)
+    if section.cache == AUTO and not able:
+        raise ConfigurationError(f"cache.{kind}: no installed plugin offers a cache of {kind}")
+    descriptor = registry.caches[able[0] if section.cache == AUTO else section.cache]
     if kind not in descriptor.kinds:
-        able = [name for name in registry.caches if kind in registry.caches[name].kinds]
         raise ConfigurationError(
             f"cache.{kind}.cache: {section.cache!r} holds {', '.join(descriptor.kinds)}; "
             f"for {kind} there are: {', '.join(able) or 'none installed'}"
