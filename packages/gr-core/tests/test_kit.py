@@ -87,7 +87,7 @@ def test_check_plugin_names_what_is_wrong():
 # ── What is wrong ─────────────────────────────────────────────────────────────────────────────
 
 PRELUDE = """
-import asyncio, json, shutil, time
+import asyncio, base64, json, shutil, time
 from dataclasses import replace
 import numpy as np
 import pytest
@@ -607,7 +607,8 @@ class JsonClient:
         reader, writer = await asyncio.open_connection(host, int(port))
         data = {"history": {"item_ids": request.history.item_ids.tolist(),
             "timestamps_ms": request.history.timestamps_ms.tolist()}, "k": request.k,
-            "model": request.model}
+            "model": request.model, "user_id": request.user_id,
+            "history_handle": base64.b64encode(request.history_handle).decode()}
         if request.candidates is not None:
             data["candidates"] = request.candidates.item_ids.tolist()
         writer.write(json.dumps(data).encode() + b"\\n")

@@ -12,8 +12,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import serving_toy
 
+from gr_core.pipeline import Pipeline
 from gr_serve_grpc.client import AsyncClient
 from gr_serve_grpc.server import GrpcServer
+
+TOY_OPTIONS = {"max_queue", "histories_bytes"}
+"""What `serve` passes on to the toys; the rest are settings of the server."""
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +42,7 @@ class Running:
     def __init__(self) -> None:
         self.stop = asyncio.Event()
         self.address = ""
+        self.pipeline: Pipeline
         self.task: asyncio.Task[None]
 
     async def finished(self) -> None:
@@ -51,10 +56,12 @@ def serve(models: Path, control: serving_toy.Control):
     """``async with serve(**settings) as running``: a real server of the toys."""
 
     @asynccontextmanager
-    async def serving(*, observers=(), max_queue: int = 512, **settings):
-        pipeline = serving_toy.make_pipeline(models, observers=observers, max_queue=max_queue)
+    async def serving(*, observers=(), folder: Path = models, **settings):
+        options = {name: settings.pop(name) for name in TOY_OPTIONS & settings.keys()}
+        pipeline = serving_toy.make_pipeline(folder, observers=observers, **options)
         async with serving_toy.started(pipeline):
             running = Running()
+            running.pipeline = pipeline
             server = GrpcServer(pipeline, {"port": 0, **settings}, observers)
             ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
             running.task = asyncio.create_task(

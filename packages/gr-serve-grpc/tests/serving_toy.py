@@ -140,16 +140,16 @@ REGISTRY = Registry.of(
 )
 
 
-def write_models(folder: Path) -> None:
+def write_models(folder: Path, version: str = "1") -> None:
     """``numbers`` with the items 1 to 50, ``texts`` with the items item-1 to item-50."""
     for name, items in (
         ("numbers", list(range(1, 51))),
         ("texts", [f"item-{i}" for i in range(1, 51)]),
     ):
         write_bundle(
-            folder / name / "1",
+            folder / name / version,
             name=name,
-            version="1",
+            version=version,
             architecture="toy",
             tasks=TASKS,
             config={},
@@ -160,7 +160,11 @@ def write_models(folder: Path) -> None:
 
 
 def make_pipeline(
-    folder: Path, *, observers: Sequence[Observer] = (), max_queue: int = 512
+    folder: Path,
+    *,
+    observers: Sequence[Observer] = (),
+    max_queue: int = 512,
+    histories_bytes: int = 2**20,
 ) -> Pipeline:
     return Pipeline(
         ModelRepository(folder),
@@ -173,6 +177,7 @@ def make_pipeline(
         ),
         limits=Limits(max_history=1000),
         poll_seconds=0,
+        histories_bytes=histories_bytes,
     )
 
 

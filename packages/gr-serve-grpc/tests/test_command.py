@@ -94,3 +94,22 @@ async def test_a_token_from_the_environment_or_a_file(serve, tmp_path):
         assert (await gr_call(*target))[0] == 1
         assert (await gr_call(*target, GR_TOKEN=token))[0] == 0
         assert (await gr_call(*target, "--token-file", str(file)))[0] == 0
+
+
+async def test_a_handle_stands_for_a_history(serve):
+    rows = [{"item_id": i, "timestamp_ms": NOW + i} for i in (1, 2, 3)]
+    async with serve() as running:
+        ada = ("--target", running.address, "--user-id", "ada", "-k", "1", "--history", "-")
+        code, out, err = await gr_call(*ada, "--json", stdin=json.dumps(rows[:2]))
+        assert code == 0, err
+        handle = json.loads(out)["history_handle"]
+        code, out, err = await gr_call(*ada, "--history-handle", handle, stdin=json.dumps(rows[2:]))
+        assert code == 0, err
+        assert "Title of 4" in out
+        assert "\nhistory handle " in out
+        code, out, err = await gr_call(*ada, "--history-handle", "AAAA", stdin="[]")
+        assert code == 2
+        assert "history_handle: not known here" in err
+        code, out, err = await gr_call(*ada, "--history-handle", "é", stdin="[]")
+        assert code == 2
+        assert "expected base64" in err

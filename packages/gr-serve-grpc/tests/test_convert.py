@@ -19,7 +19,7 @@ from gr_core import (
     StageReport,
     Task,
 )
-from gr_core.errors import InvalidRequest, Overloaded
+from gr_core.errors import FailedPrecondition, InvalidRequest, Overloaded, UnknownHistory
 from gr_core.types import item_id_array
 from gr_core.validation import Limits
 from gr_serve_grpc import columns
@@ -97,6 +97,7 @@ def requests(draw: st.DrawFn) -> RecommendRequest:
         include_seen=draw(st.booleans()),
         exclude_item_ids=item_id_array(draw(IDS)),
         head_weights=draw(st.dictionaries(TEXT, FLOAT32, max_size=3)),
+        history_handle=draw(st.binary(max_size=8)),
     )
 
 
@@ -162,6 +163,7 @@ def test_answers_survive(ids):
         total_s=1.0,
         unknown_items=2,
         unscored_item_ids=ids,
+        history_handle=b"\x00opaque\xff",
     )
     data = message_from_recommendation(answer).SerializeToString()
     assert recommendation_from_message(pb.RecommendResponse.FromString(data)) == answer
@@ -193,6 +195,8 @@ def test_errors_survive():
     assert isinstance(error, Overloaded)
     assert error.retry_after_s == 0.75
     assert str(error) == "full"
+    for kind in (FailedPrecondition, UnknownHistory):
+        assert type(error_of(status_of(kind("because"), "r"))) is kind
 
 
 def test_rows_read_into_columns_once():

@@ -5,7 +5,7 @@
 
 Errors are those of `gr_core.errors` where these fit, else `CallError`. A request that a server
 cannot take, because it is full or stopping, is tried again before its deadline, when the server
-says if it does.
+says if it does. With ``handles=HistoryHandles()`` only what is new of histories is sent.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-import uuid
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -47,12 +46,21 @@ from gr_serve_grpc.convert import (
     models_from_message,
     recommendation_from_message,
 )
-from gr_serve_grpc.status import CallError, error_of, error_of_call
+from gr_serve_grpc.handles import HistoryHandles, calls_for_the_whole
+from gr_serve_grpc.status import CallError, error_of_call
+from gr_serve_grpc.streams import (
+    Outgoing,
+    StreamAnswer,
+    Unanswered,
+    asynchronous,
+    outgoing_messages,
+)
 
 __all__ = [
     "AsyncClient",
     "CallError",
     "Client",
+    "HistoryHandles",
     "RequestFields",
     "Retries",
     "StreamAnswer",
@@ -119,23 +127,8 @@ class RequestFields(TypedDict, total=False):
     exclude_item_ids: Sequence[ItemId]
     head_weights: Mapping[str, float]
     request_id: str
+    history_handle: bytes
     deadline: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class StreamAnswer:
-    """What became of one of many requests."""
-
-    request_id: str
-    recommendation: Recommendation | None = None
-    error: GrError | None = None
-
-    def result(self) -> Recommendation:
-        """The recommendation. Raises the error if there is one."""
-        if self.error is not None:
-            raise self.error
-        assert self.recommendation is not None
-        return self.recommendation
 
 
 def as_request(request: RecommendRequest | None, given: RequestFields) -> RecommendRequest:
@@ -169,11 +162,16 @@ class _Common:
         retries: Retries | None = None,
         tls: Tls | None = None,
         token: str | None = None,
+        handles: HistoryHandles | None = None,
     ) -> None:
-        """Connects when first used. ``timeout_s`` is for a call with all its retries."""
+        """Connects when first used. ``timeout_s`` is for a call with all its retries.
+
+        With ``handles``, histories are sent in full only where the server does not know them.
+        """
         self.target = target
         self._timeout_s = timeout_s
         self._retries = retries or Retries()
+        self._handles = handles
         self._credentials = None if tls is None else tls.credentials()
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._connect()
@@ -211,36 +209,22 @@ class _Common:
             raise error from failure
         return wait
 
+    def _shortened(self, request: RecommendRequest) -> RecommendRequest:
+        return request if self._handles is None else self._handles.shortened(request)
 
-class _Unanswered:
-    """The requests of a stream that were sent and not yet answered."""
+    def _check_resend(
+        self, request: RecommendRequest, sent: RecommendRequest, error: GrError
+    ) -> None:
+        """Raises the error, unless the request was shortened and it calls for the whole."""
+        if self._handles is None or sent is request or not calls_for_the_whole(error):
+            raise error
+        self._handles.forget(sent)
 
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
-        self._ids: dict[str, None] = {}
-
-    def message(self, request: RecommendRequest) -> pb.RecommendStreamRequest:
-        if not request.request_id:
-            request = replace(request, request_id=uuid.uuid4().hex)
-        self._ids[request.request_id] = None
-        message = pb.RecommendStreamRequest(request=message_from_request(request))
-        seconds = self._timeout_s
-        if request.deadline is not None:
-            seconds = min(seconds, max(request.deadline - time.monotonic(), 0))
-        message.timeout.FromNanoseconds(int(seconds * 1e9))
-        return message
-
-    def answer(self, message: pb.RecommendStreamResponse) -> StreamAnswer:
-        self._ids.pop(message.request_id, None)
-        if message.WhichOneof("result") == "error":
-            return StreamAnswer(message.request_id, error=error_of(message.error))
-        recommendation = recommendation_from_message(message.response)
-        return StreamAnswer(message.request_id, recommendation)
-
-    def fail(self, error: GrError) -> Iterator[StreamAnswer]:
-        for request_id in list(self._ids):
-            yield StreamAnswer(request_id, error=error)
-        self._ids.clear()
+    def _learned(self, request: RecommendRequest, message: Any) -> Recommendation:
+        answer = recommendation_from_message(message)
+        if self._handles is not None:
+            self._handles.learn(request, answer.history_handle)
+        return answer
 
 
 class Client(_Common):
@@ -277,11 +261,14 @@ class Client(_Common):
     ) -> Recommendation:
         """Recommends items; the request's fields may be given as arguments."""
         request = as_request(request, given)
-        message = message_from_request(request)
         deadline = self._deadline(timeout_s, request)
-        return recommendation_from_message(
-            self._call(self._recommender.Recommend, message, deadline)
-        )
+        sent, method = self._shortened(request), self._recommender.Recommend
+        try:
+            message = self._call(method, message_from_request(sent), deadline)
+        except GrError as error:
+            self._check_resend(request, sent, error)
+            message = self._call(method, message_from_request(request), deadline)
+        return self._learned(request, message)
 
     def recommend_stream(
         self, requests: Iterable[RecommendRequest], *, timeout_s: float | None = None
@@ -292,19 +279,25 @@ class Client(_Common):
         the server allows. If the stream ends early, what was sent and not answered is yielded with
         the error, which is then raised.
         """
-        unanswered = _Unanswered(self._timeout_s if timeout_s is None else timeout_s)
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        unanswered = Unanswered(timeout_s, self._handles)
+        outgoing = None if self._handles is None else Outgoing(requests, unanswered)
         call = self._recommender.RecommendStream(
-            map(unanswered.message, requests),
+            map(unanswered.message, requests) if outgoing is None else outgoing,
             metadata=self._metadata,
         )
+        answer = unanswered.answer if outgoing is None else outgoing.answer
         try:
             for message in call:
-                yield unanswered.answer(message)
+                if (finished := answer(message)) is not None:
+                    yield finished
         except grpc.RpcError as failure:
             error = error_of_call(failure)
             yield from unanswered.fail(error)
             raise error from failure
         finally:
+            if outgoing is not None:
+                outgoing.close()
             call.cancel()
 
     def list_models(self, *, timeout_s: float | None = None) -> Sequence[ServedModel]:
@@ -390,11 +383,14 @@ class AsyncClient(_Common):
     ) -> Recommendation:
         """Recommends items; the request's fields may be given as arguments."""
         request = as_request(request, given)
-        message = message_from_request(request)
         deadline = self._deadline(timeout_s, request)
-        return recommendation_from_message(
-            await self._call(self._recommender.Recommend, message, deadline)
-        )
+        sent, method = self._shortened(request), self._recommender.Recommend
+        try:
+            message = await self._call(method, message_from_request(sent), deadline)
+        except GrError as error:
+            self._check_resend(request, sent, error)
+            message = await self._call(method, message_from_request(request), deadline)
+        return self._learned(request, message)
 
     async def recommend_stream(
         self,
@@ -408,23 +404,17 @@ class AsyncClient(_Common):
         If the stream ends early, what was sent and not answered is yielded with the error, which
         is then raised.
         """
-        unanswered = _Unanswered(self._timeout_s if timeout_s is None else timeout_s)
-
-        async def messages() -> AsyncIterator[pb.RecommendStreamRequest]:
-            if isinstance(requests, AsyncIterable):
-                async for request in requests:
-                    yield unanswered.message(request)
-            else:
-                for request in requests:
-                    yield unanswered.message(request)
-
-        call = self._recommender.RecommendStream(
-            messages(),
-            metadata=self._metadata,
-        )
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        unanswered = Unanswered(timeout_s, self._handles)
+        answered = asyncio.Event()
+        messages = outgoing_messages(asynchronous(requests), unanswered, answered)
+        call = self._recommender.RecommendStream(messages, metadata=self._metadata)
         try:
             async for message in call:
-                yield unanswered.answer(message)
+                answer = unanswered.answer(message)
+                answered.set()
+                if answer is not None:
+                    yield answer
         except grpc.RpcError as failure:
             error = error_of_call(failure)
             for answer in unanswered.fail(error):

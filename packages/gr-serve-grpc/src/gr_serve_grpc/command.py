@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -36,6 +37,11 @@ PEM = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--exclude", metavar="ID,…", help="Items that must not be retrieved.")
 @click.option("-k", "--k", type=int, help="How many items.  [default: 10]")
 @click.option("--user-id", help="Owner of cached state.")
+@click.option(
+    "--history-handle",
+    metavar="BASE64",
+    help="Of an earlier answer to the same user; --history then is only what is new.",
+)
 @click.option("--head-weight", "weights", multiple=True, metavar="HEAD=WEIGHT")
 @click.option(
     "--request",
@@ -61,6 +67,7 @@ def call(
     exclude: str | None,
     k: int | None,
     user_id: str | None,
+    history_handle: str | None,
     weights: Sequence[str],
     file: IO[str] | None,
     timeout: float,
@@ -85,6 +92,10 @@ def call(
         given["candidates"] = Candidates(item_id_array(_ids(candidates)))
     if exclude is not None:
         given["exclude_item_ids"] = item_id_array(_ids(exclude))
+    if history_handle is not None:
+        given["history_handle"] = request_of(
+            {"history_handle": history_handle}, "--history-handle"
+        ).history_handle
     if weights:
         given["head_weights"] = dict(map(_weight, weights))
     request = replace(request, **{key: v for key, v in given.items() if v is not None})
@@ -104,6 +115,8 @@ def call(
         return
     print_answer(answer)
     print(f"request {answer.request_id}")
+    if answer.history_handle:
+        print(f"history handle {base64.b64encode(answer.history_handle).decode()}")
 
 
 def _request(file: IO[str]) -> RecommendRequest:

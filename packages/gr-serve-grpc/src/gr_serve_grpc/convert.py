@@ -94,6 +94,7 @@ def request_from_message(
         else _NO_IDS,
         head_weights=dict(message.head_weights) if message.head_weights else {},
         request_id=request_id,
+        history_handle=message.history_handle,
         deadline=deadline,
     )
     if wrong:
@@ -260,6 +261,7 @@ def message_from_request(request: RecommendRequest) -> pb.RecommendRequest:
         request_time_ms=request.request_time_ms,
         include_seen=request.include_seen,
         head_weights=request.head_weights,
+        history_handle=request.history_handle,
     )
     if len(request.history):
         history = message.history.columns
@@ -316,6 +318,7 @@ def message_from_recommendation(answer: Recommendation) -> pb.RecommendResponse:
         features_seconds=answer.features_s,
         total_seconds=answer.total_s,
         unknown_items=answer.unknown_items,
+        history_handle=answer.history_handle,
     )
     heads = tuple(answer.items[0].head_scores) if answer.items else ()
     message.heads.extend(heads)
@@ -379,6 +382,7 @@ def recommendation_from_message(message: pb.RecommendResponse) -> Recommendation
         total_s=message.total_seconds,
         unknown_items=message.unknown_items,
         unscored_item_ids=_item_id_list(message.unscored_item_ids),
+        history_handle=message.history_handle,
     )
 
 

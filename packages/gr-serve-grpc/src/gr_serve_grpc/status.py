@@ -19,6 +19,7 @@ from gr_core.errors import (
     NotFound,
     Overloaded,
     Unavailable,
+    UnknownHistory,
     Violation,
 )
 
@@ -29,11 +30,16 @@ CODES: Mapping[type[Exception], grpc.StatusCode] = {
     InvalidRequest: Code.INVALID_ARGUMENT,
     NotFound: Code.NOT_FOUND,
     FailedPrecondition: Code.FAILED_PRECONDITION,
+    UnknownHistory: Code.FAILED_PRECONDITION,
     Overloaded: Code.RESOURCE_EXHAUSTED,
     DeadlineExceeded: Code.DEADLINE_EXCEEDED,
     Unavailable: Code.UNAVAILABLE,
 }
 """Every other exception is INTERNAL, and its text stays in the log."""
+
+DOMAIN = "gr.v1"
+HISTORY_HANDLE_UNKNOWN = "HISTORY_HANDLE_UNKNOWN"
+"""Domain and reason of the ErrorInfo that tells `UnknownHistory` from its kin."""
 
 MAX_MESSAGE = 512
 MAX_DETAILS = 2560
@@ -71,6 +77,8 @@ def status_of(error: Exception, request_id: str) -> Status:
         delay = Duration()
         delay.FromNanoseconds(int(error.retry_after_s * 1e9))
         _attach(status, details_pb.RetryInfo(retry_delay=delay))
+    elif isinstance(error, UnknownHistory):
+        _attach(status, details_pb.ErrorInfo(reason=HISTORY_HANDLE_UNKNOWN, domain=DOMAIN))
     _attach(status, details_pb.RequestInfo(request_id=request_id))
     return status
 
@@ -101,8 +109,9 @@ def error_of(status: Status) -> GrError:
     """The error that a status tells of."""
     code = next(c for c in Code if c.value[0] == status.code)
     bad, retry, info = details_pb.BadRequest(), details_pb.RetryInfo(), details_pb.RequestInfo()
+    reason = details_pb.ErrorInfo()
     for detail in status.details:
-        for kind in (bad, retry, info):
+        for kind in (bad, retry, info, reason):
             detail.Unpack(kind)
     if code is Code.INVALID_ARGUMENT:
         violations = [Violation(v.field, v.description) for v in bad.field_violations]
@@ -110,6 +119,8 @@ def error_of(status: Status) -> GrError:
     if code is Code.NOT_FOUND:
         return NotFound(status.message)
     if code is Code.FAILED_PRECONDITION:
+        if (reason.domain, reason.reason) == (DOMAIN, HISTORY_HANDLE_UNKNOWN):
+            return UnknownHistory(status.message)
         return FailedPrecondition(status.message)
     if code is Code.RESOURCE_EXHAUSTED and retry.HasField("retry_delay"):
         return Overloaded(status.message, retry.retry_delay.ToNanoseconds() / 1e9)

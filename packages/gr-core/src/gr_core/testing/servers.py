@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -101,6 +101,31 @@ class ServerSuite(Suite):
                     answer = await serving.pipeline.recommend(request)
                     right = [item.item_id for item in answer.items]
                     assert list(await client.recommend(serving.address, request)) == right
+
+        self._run(registry, case())
+
+    def test_a_history_handle_stands_for_its_history(
+        self, registry: Registry, client: Client, tmp_path: Path
+    ) -> None:
+        async def case() -> None:
+            async with self._serving(registry, tmp_path) as serving:
+                whole = _request([1001, 1002, 1003, 1004], k=5, user_id="ada")
+                old, new = (
+                    History(whole.history.item_ids[rows], whole.history.timestamps_ms[rows])
+                    for rows in (slice(2), slice(2, None))
+                )
+                first = await serving.pipeline.recommend(replace(whole, history=old))
+                assert first.history_handle
+                short = replace(whole, history=new, history_handle=first.history_handle)
+                right = await serving.pipeline.recommend(whole)
+                answer = await client.recommend(serving.address, short)
+                assert list(answer) == [item.item_id for item in right.items]
+                for unknown in (
+                    replace(short, user_id="bob"),
+                    replace(short, history_handle=first.history_handle[::-1]),
+                ):
+                    with pytest.raises(Exception, match="history_handle"):
+                        await client.recommend(serving.address, unknown)
 
         self._run(registry, case())
 

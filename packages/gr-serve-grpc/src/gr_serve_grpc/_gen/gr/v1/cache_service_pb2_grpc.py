@@ -47,7 +47,8 @@ class CacheServiceServicer(object):
     """
 
     def DropUserState(self, request, context):
-        """Drops everything that caches hold of a user, for example when the user asks to be forgotten.
+        """Drops all histories stored of a user and all that caches hold, for example when the user asks to
+        be forgotten.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -27,7 +27,7 @@ from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from gr_serve_grpc._gen.gr.v1 import types_pb2 as gr_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fgr/v1/recommender_service.proto\x12\x05gr.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\x1a\x11gr/v1/types.proto\"\xd7\x05\n\x10RecommendRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x19\n\x04task\x18\x04 \x01(\x0e\x32\x0b.gr.v1.Task\x12\x1f\n\x07history\x18\x05 \x01(\x0b\x32\x0e.gr.v1.History\x12%\n\ncandidates\x18\x06 \x01(\x0b\x32\x11.gr.v1.Candidates\x12\x0e\n\x01k\x18\x07 \x01(\x05H\x00\x88\x01\x01\x12\x0f\n\x07user_id\x18\x08 \x01(\t\x12@\n\ruser_features\x18\t \x03(\x0b\x32).gr.v1.RecommendRequest.UserFeaturesEntry\x12\x46\n\x10\x63ontext_features\x18\n \x03(\x0b\x32,.gr.v1.RecommendRequest.ContextFeaturesEntry\x12\x1c\n\x0frequest_time_ms\x18\x0b \x01(\x03H\x01\x88\x01\x01\x12\x14\n\x0cinclude_seen\x18\x0c \x01(\x08\x12(\n\x10\x65xclude_item_ids\x18\r \x01(\x0b\x32\x0e.gr.v1.ItemIds\x12>\n\x0chead_weights\x18\x0e \x03(\x0b\x32(.gr.v1.RecommendRequest.HeadWeightsEntry\x1aH\n\x11UserFeaturesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.gr.v1.FeatureValue:\x02\x38\x01\x1aK\n\x14\x43ontextFeaturesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.gr.v1.FeatureValue:\x02\x38\x01\x1a\x32\n\x10HeadWeightsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x04\n\x02_kB\x12\n\x10_request_time_ms\"\xef\x01\n\x11RecommendResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12 \n\x05items\x18\x02 \x03(\x0b\x32\x11.gr.v1.RankedItem\x12\r\n\x05heads\x18\x03 \x03(\t\x12\"\n\x06stages\x18\x04 \x03(\x0b\x32\x12.gr.v1.StageReport\x12\x18\n\x10\x66\x65\x61tures_seconds\x18\x05 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x06 \x01(\x01\x12\x15\n\runknown_items\x18\x07 \x01(\x05\x12)\n\x11unscored_item_ids\x18\x08 \x01(\x0b\x32\x0e.gr.v1.ItemIds\"_\n\nRankedItem\x12\x1e\n\x07item_id\x18\x01 \x01(\x0b\x32\r.gr.v1.ItemId\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x13\n\x0bhead_scores\x18\x03 \x03(\x02\x12\r\n\x05title\x18\x04 \x01(\t\"\xc3\x01\n\x0bStageReport\x12\x19\n\x04task\x18\x01 \x01(\x0e\x32\x0b.gr.v1.Task\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\t\x12\x15\n\rqueue_seconds\x18\x05 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x06 \x01(\x01\x12\x12\n\nbatch_size\x18\x07 \x01(\x05\x12\x0e\n\x06tokens\x18\x08 \x01(\x03\x12\x15\n\rtokens_reused\x18\t \x01(\x03\"n\n\x16RecommendStreamRequest\x12(\n\x07request\x18\x01 \x01(\x0b\x32\x17.gr.v1.RecommendRequest\x12*\n\x07timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x8a\x01\n\x17RecommendStreamResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\x08response\x18\x02 \x01(\x0b\x32\x18.gr.v1.RecommendResponseH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x08\n\x06result\"\x13\n\x11ListModelsRequest\"2\n\x12ListModelsResponse\x12\x1c\n\x06models\x18\x01 \x03(\x0b\x32\x0c.gr.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"/\n\x10GetModelResponse\x12\x1b\n\x05model\x18\x01 \x01(\x0b\x32\x0c.gr.v1.Model\"p\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x64\x65\x66\x61ult\x18\x02 \x01(\x08\x12!\n\x06stages\x18\x03 \x03(\x0b\x32\x11.gr.v1.ModelStage\x12%\n\x08versions\x18\x04 \x03(\x0b\x32\x13.gr.v1.ModelVersion\"6\n\nModelStage\x12\x19\n\x04task\x18\x01 \x01(\x0e\x32\x0b.gr.v1.Task\x12\r\n\x05model\x18\x02 \x01(\t\"\xbf\x01\n\x0cModelVersion\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06\x61\x63tive\x18\x03 \x01(\x08\x12\x14\n\x0c\x61rchitecture\x18\x04 \x01(\t\x12\x1e\n\x05plans\x18\x05 \x03(\x0b\x32\x0f.gr.v1.TaskPlan\x12\r\n\x05heads\x18\x06 \x03(\t\x12\x16\n\x0e\x63\x61talogue_size\x18\x07 \x01(\x03\x12\x13\n\x0b\x64\x65scription\x18\x08 \x01(\t\x12\r\n\x05notes\x18\t \x03(\t\"J\n\x08TaskPlan\x12\x19\n\x04task\x18\x01 \x01(\x0e\x32\x0b.gr.v1.Task\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x13\n\x0b\x65xplanation\x18\x03 \x01(\t2\xaa\x02\n\x12RecommenderService\x12>\n\tRecommend\x12\x17.gr.v1.RecommendRequest\x1a\x18.gr.v1.RecommendResponse\x12T\n\x0fRecommendStream\x12\x1d.gr.v1.RecommendStreamRequest\x1a\x1e.gr.v1.RecommendStreamResponse(\x01\x30\x01\x12\x41\n\nListModels\x12\x18.gr.v1.ListModelsRequest\x1a\x19.gr.v1.ListModelsResponse\x12;\n\x08GetModel\x12\x16.gr.v1.GetModelRequest\x1a\x17.gr.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fgr/v1/recommender_service.proto\x12\x05gr.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\x1a\x11gr/v1/types.proto\"\xef\x05\n\x10RecommendRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x19\n\x04task\x18\x04 \x01(\x0e\x32\x0b.gr.v1.Task\x12\x1f\n\x07history\x18\x05 \x01(\x0b\x32\x0e.gr.v1.History\x12%\n\ncandidates\x18\x06 \x01(\x0b\x32\x11.gr.v1.Candidates\x12\x0e\n\x01k\x18\x07 \x01(\x05H\x00\x88\x01\x01\x12\x0f\n\x07user_id\x18\x08 \x01(\t\x12@\n\ruser_features\x18\t \x03(\x0b\x32).gr.v1.RecommendRequest.UserFeaturesEntry\x12\x46\n\x10\x63ontext_features\x18\n \x03(\x0b\x32,.gr.v1.RecommendRequest.ContextFeaturesEntry\x12\x1c\n\x0frequest_time_ms\x18\x0b \x01(\x03H\x01\x88\x01\x01\x12\x14\n\x0cinclude_seen\x18\x0c \x01(\x08\x12(\n\x10\x65xclude_item_ids\x18\r \x01(\x0b\x32\x0e.gr.v1.ItemIds\x12>\n\x0chead_weights\x18\x0e \x03(\x0b\x32(.gr.v1.RecommendRequest.HeadWeightsEntry\x12\x16\n\x0ehistory_handle\x18\x0f \x01(\x0c\x1aH\n\x11UserFeaturesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.gr.v1.FeatureValue:\x02\x38\x01\x1aK\n\x14\x43ontextFeaturesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.gr.v1.FeatureValue:\x02\x38\x01\x1a\x32\n\x10HeadWeightsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x04\n\x02_kB\x12\n\x10_request_time_ms\"\x87\x02\n\x11RecommendResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12 \n\x05items\x18\x02 \x03(\x0b\x32\x11.gr.v1.RankedItem\x12\r\n\x05heads\x18\x03 \x03(\t\x12\"\n\x06stages\x18\x04 \x03(\x0b\x32\x12.gr.v1.StageReport\x12\x18\n\x10\x66\x65\x61tures_seconds\x18\x05 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x06 \x01(\x01\x12\x15\n\runknown_items\x18\x07 \x01(\x05\x12)\n\x11unscored_item_ids\x18\x08 \x01(\x0b\x32\x0e.gr.v1.ItemIds\x12\x16\n\x0ehistory_handle\x18\t \x01(\x0c\"_\n\nRankedItem\x12\x1e\n\x07item_id\x18\x01 \x01(\x0b\x32\r.gr.v1.ItemId\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x13\n\x0bhead_scores\x18\x03 \x03(\x02\x12\r\n\x05title\x18\x04 \x01(\t\"\xc3\x01\n\x0bStageReport\x12\x19\n\x04task\x18\x01 \x01(\x0e\x32\x0b.gr.v1.Task\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\t\x12\x15\n\rqueue_seconds\x18\x05 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x06 \x01(\x01\x12\x12\n\nbatch_size\x18\x07 \x01(\x05\x12\x0e\n\x06tokens\x18\x08 \x01(\x03\x12\x15\n\rtokens_reused\x18\t \x01(\x03\"n\n\x16RecommendStreamRequest\x12(\n\x07request\x18\x01 \x01(\x0b\x32\x17.gr.v1.RecommendRequest\x12*\n\x07timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x8a\x01\n\x17RecommendStreamResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\x08response\x18\x02 \x01(\x0b\x32\x18.gr.v1.RecommendResponseH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x08\n\x06result\"\x13\n\x11ListModelsRequest\"2\n\x12ListModelsResponse\x12\x1c\n\x06models\x18\x01 \x03(\x0b\x32\x0c.gr.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"/\n\x10GetModelResponse\x12\x1b\n\x05model\x18\x01 \x01(\x0b\x32\x0c.gr.v1.Model\"p\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x64\x65\x66\x61ult\x18\x02 \x01(\x08\x12!\n\x06stages\x18\x03 \x03(\x0b\x32\x11.gr.v1.ModelStage\x12%\n\x08versions\x18\x04 \x03(\x0b\x32\x13.gr.v1.ModelVersion\"6\n\nModelStage\x12\x19\n\x04task\x18\x01 \x01(\x0e\x32\x0b.gr.v1.Task\x12\r\n\x05model\x18\x02 \x01(\t\"\xbf\x01\n\x0cModelVersion\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06\x61\x63tive\x18\x03 \x01(\x08\x12\x14\n\x0c\x61rchitecture\x18\x04 \x01(\t\x12\x1e\n\x05plans\x18\x05 \x03(\x0b\x32\x0f.gr.v1.TaskPlan\x12\r\n\x05heads\x18\x06 \x03(\t\x12\x16\n\x0e\x63\x61talogue_size\x18\x07 \x01(\x03\x12\x13\n\x0b\x64\x65scription\x18\x08 \x01(\t\x12\r\n\x05notes\x18\t \x03(\t\"J\n\x08TaskPlan\x12\x19\n\x04task\x18\x01 \x01(\x0e\x32\x0b.gr.v1.Task\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x13\n\x0b\x65xplanation\x18\x03 \x01(\t2\xaa\x02\n\x12RecommenderService\x12>\n\tRecommend\x12\x17.gr.v1.RecommendRequest\x1a\x18.gr.v1.RecommendResponse\x12T\n\x0fRecommendStream\x12\x1d.gr.v1.RecommendStreamRequest\x1a\x1e.gr.v1.RecommendStreamResponse(\x01\x30\x01\x12\x41\n\nListModels\x12\x18.gr.v1.ListModelsRequest\x1a\x19.gr.v1.ListModelsResponse\x12;\n\x08GetModel\x12\x16.gr.v1.GetModelRequest\x1a\x17.gr.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,39 +41,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RECOMMENDREQUEST_HEADWEIGHTSENTRY']._loaded_options = None
   _globals['_RECOMMENDREQUEST_HEADWEIGHTSENTRY']._serialized_options = b'8\001'
   _globals['_RECOMMENDREQUEST']._serialized_start=119
-  _globals['_RECOMMENDREQUEST']._serialized_end=846
-  _globals['_RECOMMENDREQUEST_USERFEATURESENTRY']._serialized_start=619
-  _globals['_RECOMMENDREQUEST_USERFEATURESENTRY']._serialized_end=691
-  _globals['_RECOMMENDREQUEST_CONTEXTFEATURESENTRY']._serialized_start=693
-  _globals['_RECOMMENDREQUEST_CONTEXTFEATURESENTRY']._serialized_end=768
-  _globals['_RECOMMENDREQUEST_HEADWEIGHTSENTRY']._serialized_start=770
-  _globals['_RECOMMENDREQUEST_HEADWEIGHTSENTRY']._serialized_end=820
-  _globals['_RECOMMENDRESPONSE']._serialized_start=849
-  _globals['_RECOMMENDRESPONSE']._serialized_end=1088
-  _globals['_RANKEDITEM']._serialized_start=1090
-  _globals['_RANKEDITEM']._serialized_end=1185
-  _globals['_STAGEREPORT']._serialized_start=1188
-  _globals['_STAGEREPORT']._serialized_end=1383
-  _globals['_RECOMMENDSTREAMREQUEST']._serialized_start=1385
-  _globals['_RECOMMENDSTREAMREQUEST']._serialized_end=1495
-  _globals['_RECOMMENDSTREAMRESPONSE']._serialized_start=1498
-  _globals['_RECOMMENDSTREAMRESPONSE']._serialized_end=1636
-  _globals['_LISTMODELSREQUEST']._serialized_start=1638
-  _globals['_LISTMODELSREQUEST']._serialized_end=1657
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1659
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1709
-  _globals['_GETMODELREQUEST']._serialized_start=1711
-  _globals['_GETMODELREQUEST']._serialized_end=1742
-  _globals['_GETMODELRESPONSE']._serialized_start=1744
-  _globals['_GETMODELRESPONSE']._serialized_end=1791
-  _globals['_MODEL']._serialized_start=1793
-  _globals['_MODEL']._serialized_end=1905
-  _globals['_MODELSTAGE']._serialized_start=1907
-  _globals['_MODELSTAGE']._serialized_end=1961
-  _globals['_MODELVERSION']._serialized_start=1964
-  _globals['_MODELVERSION']._serialized_end=2155
-  _globals['_TASKPLAN']._serialized_start=2157
-  _globals['_TASKPLAN']._serialized_end=2231
-  _globals['_RECOMMENDERSERVICE']._serialized_start=2234
-  _globals['_RECOMMENDERSERVICE']._serialized_end=2532
+  _globals['_RECOMMENDREQUEST']._serialized_end=870
+  _globals['_RECOMMENDREQUEST_USERFEATURESENTRY']._serialized_start=643
+  _globals['_RECOMMENDREQUEST_USERFEATURESENTRY']._serialized_end=715
+  _globals['_RECOMMENDREQUEST_CONTEXTFEATURESENTRY']._serialized_start=717
+  _globals['_RECOMMENDREQUEST_CONTEXTFEATURESENTRY']._serialized_end=792
+  _globals['_RECOMMENDREQUEST_HEADWEIGHTSENTRY']._serialized_start=794
+  _globals['_RECOMMENDREQUEST_HEADWEIGHTSENTRY']._serialized_end=844
+  _globals['_RECOMMENDRESPONSE']._serialized_start=873
+  _globals['_RECOMMENDRESPONSE']._serialized_end=1136
+  _globals['_RANKEDITEM']._serialized_start=1138
+  _globals['_RANKEDITEM']._serialized_end=1233
+  _globals['_STAGEREPORT']._serialized_start=1236
+  _globals['_STAGEREPORT']._serialized_end=1431
+  _globals['_RECOMMENDSTREAMREQUEST']._serialized_start=1433
+  _globals['_RECOMMENDSTREAMREQUEST']._serialized_end=1543
+  _globals['_RECOMMENDSTREAMRESPONSE']._serialized_start=1546
+  _globals['_RECOMMENDSTREAMRESPONSE']._serialized_end=1684
+  _globals['_LISTMODELSREQUEST']._serialized_start=1686
+  _globals['_LISTMODELSREQUEST']._serialized_end=1705
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1707
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1757
+  _globals['_GETMODELREQUEST']._serialized_start=1759
+  _globals['_GETMODELREQUEST']._serialized_end=1790
+  _globals['_GETMODELRESPONSE']._serialized_start=1792
+  _globals['_GETMODELRESPONSE']._serialized_end=1839
+  _globals['_MODEL']._serialized_start=1841
+  _globals['_MODEL']._serialized_end=1953
+  _globals['_MODELSTAGE']._serialized_start=1955
+  _globals['_MODELSTAGE']._serialized_end=2009
+  _globals['_MODELVERSION']._serialized_start=2012
+  _globals['_MODELVERSION']._serialized_end=2203
+  _globals['_TASKPLAN']._serialized_start=2205
+  _globals['_TASKPLAN']._serialized_end=2279
+  _globals['_RECOMMENDERSERVICE']._serialized_start=2282
+  _globals['_RECOMMENDERSERVICE']._serialized_end=2580
 # @@protoc_insertion_point(module_scope)

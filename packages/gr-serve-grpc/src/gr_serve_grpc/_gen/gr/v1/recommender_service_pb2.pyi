@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RecommendRequest(_message.Message):
-    __slots__ = ("request_id", "model", "version", "task", "history", "candidates", "k", "user_id", "user_features", "context_features", "request_time_ms", "include_seen", "exclude_item_ids", "head_weights")
+    __slots__ = ("request_id", "model", "version", "task", "history", "candidates", "k", "user_id", "user_features", "context_features", "request_time_ms", "include_seen", "exclude_item_ids", "head_weights", "history_handle")
     class UserFeaturesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -45,6 +45,7 @@ class RecommendRequest(_message.Message):
     INCLUDE_SEEN_FIELD_NUMBER: _ClassVar[int]
     EXCLUDE_ITEM_IDS_FIELD_NUMBER: _ClassVar[int]
     HEAD_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_HANDLE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     version: str
@@ -59,10 +60,11 @@ class RecommendRequest(_message.Message):
     include_seen: bool
     exclude_item_ids: _types_pb2.ItemIds
     head_weights: _containers.ScalarMap[str, float]
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., task: _Optional[_Union[_types_pb2.Task, str]] = ..., history: _Optional[_Union[_types_pb2.History, _Mapping]] = ..., candidates: _Optional[_Union[_types_pb2.Candidates, _Mapping]] = ..., k: _Optional[int] = ..., user_id: _Optional[str] = ..., user_features: _Optional[_Mapping[str, _types_pb2.FeatureValue]] = ..., context_features: _Optional[_Mapping[str, _types_pb2.FeatureValue]] = ..., request_time_ms: _Optional[int] = ..., include_seen: bool = ..., exclude_item_ids: _Optional[_Union[_types_pb2.ItemIds, _Mapping]] = ..., head_weights: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    history_handle: bytes
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., task: _Optional[_Union[_types_pb2.Task, str]] = ..., history: _Optional[_Union[_types_pb2.History, _Mapping]] = ..., candidates: _Optional[_Union[_types_pb2.Candidates, _Mapping]] = ..., k: _Optional[int] = ..., user_id: _Optional[str] = ..., user_features: _Optional[_Mapping[str, _types_pb2.FeatureValue]] = ..., context_features: _Optional[_Mapping[str, _types_pb2.FeatureValue]] = ..., request_time_ms: _Optional[int] = ..., include_seen: bool = ..., exclude_item_ids: _Optional[_Union[_types_pb2.ItemIds, _Mapping]] = ..., head_weights: _Optional[_Mapping[str, float]] = ..., history_handle: _Optional[bytes] = ...) -> None: ...
 
 class RecommendResponse(_message.Message):
-    __slots__ = ("request_id", "items", "heads", "stages", "features_seconds", "total_seconds", "unknown_items", "unscored_item_ids")
+    __slots__ = ("request_id", "items", "heads", "stages", "features_seconds", "total_seconds", "unknown_items", "unscored_item_ids", "history_handle")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     HEADS_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +73,7 @@ class RecommendResponse(_message.Message):
     TOTAL_SECONDS_FIELD_NUMBER: _ClassVar[int]
     UNKNOWN_ITEMS_FIELD_NUMBER: _ClassVar[int]
     UNSCORED_ITEM_IDS_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_HANDLE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     items: _containers.RepeatedCompositeFieldContainer[RankedItem]
     heads: _containers.RepeatedScalarFieldContainer[str]
@@ -79,7 +82,8 @@ class RecommendResponse(_message.Message):
     total_seconds: float
     unknown_items: int
     unscored_item_ids: _types_pb2.ItemIds
-    def __init__(self, request_id: _Optional[str] = ..., items: _Optional[_Iterable[_Union[RankedItem, _Mapping]]] = ..., heads: _Optional[_Iterable[str]] = ..., stages: _Optional[_Iterable[_Union[StageReport, _Mapping]]] = ..., features_seconds: _Optional[float] = ..., total_seconds: _Optional[float] = ..., unknown_items: _Optional[int] = ..., unscored_item_ids: _Optional[_Union[_types_pb2.ItemIds, _Mapping]] = ...) -> None: ...
+    history_handle: bytes
+    def __init__(self, request_id: _Optional[str] = ..., items: _Optional[_Iterable[_Union[RankedItem, _Mapping]]] = ..., heads: _Optional[_Iterable[str]] = ..., stages: _Optional[_Iterable[_Union[StageReport, _Mapping]]] = ..., features_seconds: _Optional[float] = ..., total_seconds: _Optional[float] = ..., unknown_items: _Optional[int] = ..., unscored_item_ids: _Optional[_Union[_types_pb2.ItemIds, _Mapping]] = ..., history_handle: _Optional[bytes] = ...) -> None: ...
 
 class RankedItem(_message.Message):
     __slots__ = ("item_id", "score", "head_scores", "title")

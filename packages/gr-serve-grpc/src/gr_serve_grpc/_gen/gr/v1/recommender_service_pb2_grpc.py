@@ -29,9 +29,11 @@ class RecommenderServiceStub(object):
     """Recommends items to users.
 
     Errors of all methods: INVALID_ARGUMENT with google.rpc.BadRequest that names every wrong field;
-    NOT_FOUND for a model or version; FAILED_PRECONDITION for what the loaded models cannot do;
-    RESOURCE_EXHAUSTED with google.rpc.RetryInfo at overload; UNAVAILABLE at start and shutdown;
-    UNAUTHENTICATED; INTERNAL with google.rpc.RequestInfo.
+    NOT_FOUND for a model or version; FAILED_PRECONDITION for what the loaded models cannot do, and,
+    with google.rpc.ErrorInfo of the domain `gr.v1` and the reason HISTORY_HANDLE_UNKNOWN, for a
+    `history_handle` that is not known here, which calls for the whole history; RESOURCE_EXHAUSTED
+    with google.rpc.RetryInfo at overload; UNAVAILABLE at start and shutdown; UNAUTHENTICATED;
+    INTERNAL with google.rpc.RequestInfo.
     """
 
     def __init__(self, channel):
@@ -66,9 +68,11 @@ class RecommenderServiceServicer(object):
     """Recommends items to users.
 
     Errors of all methods: INVALID_ARGUMENT with google.rpc.BadRequest that names every wrong field;
-    NOT_FOUND for a model or version; FAILED_PRECONDITION for what the loaded models cannot do;
-    RESOURCE_EXHAUSTED with google.rpc.RetryInfo at overload; UNAVAILABLE at start and shutdown;
-    UNAUTHENTICATED; INTERNAL with google.rpc.RequestInfo.
+    NOT_FOUND for a model or version; FAILED_PRECONDITION for what the loaded models cannot do, and,
+    with google.rpc.ErrorInfo of the domain `gr.v1` and the reason HISTORY_HANDLE_UNKNOWN, for a
+    `history_handle` that is not known here, which calls for the whole history; RESOURCE_EXHAUSTED
+    with google.rpc.RetryInfo at overload; UNAVAILABLE at start and shutdown; UNAUTHENTICATED;
+    INTERNAL with google.rpc.RequestInfo.
     """
 
     def Recommend(self, request, context):
@@ -137,9 +141,11 @@ class RecommenderService(object):
     """Recommends items to users.
 
     Errors of all methods: INVALID_ARGUMENT with google.rpc.BadRequest that names every wrong field;
-    NOT_FOUND for a model or version; FAILED_PRECONDITION for what the loaded models cannot do;
-    RESOURCE_EXHAUSTED with google.rpc.RetryInfo at overload; UNAVAILABLE at start and shutdown;
-    UNAUTHENTICATED; INTERNAL with google.rpc.RequestInfo.
+    NOT_FOUND for a model or version; FAILED_PRECONDITION for what the loaded models cannot do, and,
+    with google.rpc.ErrorInfo of the domain `gr.v1` and the reason HISTORY_HANDLE_UNKNOWN, for a
+    `history_handle` that is not known here, which calls for the whole history; RESOURCE_EXHAUSTED
+    with google.rpc.RetryInfo at overload; UNAVAILABLE at start and shutdown; UNAUTHENTICATED;
+    INTERNAL with google.rpc.RequestInfo.
     """
 
     @staticmethod
