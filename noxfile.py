@@ -139,10 +139,47 @@ def gpu(session: nox.Session) -> None:
     pytest(session, *existing([f"packages/{p}/tests" for p in PACKAGES]), "tests", "-m", "gpu")
 
 
+@nox.session(requires=["workbench"], default=False)
+def sanitize(session: nox.Session) -> None:
+    """gr-kernels' tests on kernels that watch their memory and their arithmetic."""
+    session.install("-c", str(CONSTRAINTS), "hatchling", "cmake", "ninja")
+    checked = Path(session.create_tmp()) / "sanitized"
+    flags = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g"
+    session.install(
+        "--no-deps",
+        "--no-build-isolation",
+        "--upgrade",
+        "--target",
+        str(checked),
+        "packages/gr-kernels",
+        env={
+            "GR_KERNELS_NATIVE": "require",
+            "GR_KERNELS_CMAKE_ARGS": f"'-DCMAKE_CXX_FLAGS={flags}'",
+        },
+    )
+    runtimes = [
+        session.run("c++", f"-print-file-name=lib{name}.so", external=True, silent=True).strip()
+        for name in ("asan", "ubsan", "stdc++")
+    ]
+    pytest(
+        session,
+        "packages/gr-kernels/tests",
+        *("-m", "not gpu and not slow", "-p", "no:cacheprovider"),
+        env={
+            "PYTHONPATH": str(checked),  # comes before the editable install
+            "LD_PRELOAD": " ".join(runtimes),
+            # CPython and torch keep memory until the end on purpose.
+            "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+            "OMP_NUM_THREADS": "1",
+        },
+    )
+
+
 @nox.session(default=False)
 def build(session: nox.Session) -> None:
     """Builds each package's sdist, and its wheel from that sdist, into dist/."""
-    session.install("-c", str(CONSTRAINTS), "build", "hatchling")
+    session.install("-c", str(CONSTRAINTS), "build", "hatchling", "cmake", "ninja")
     shutil.rmtree(DIST, ignore_errors=True)
     for folder in FOLDERS.values():
         command = ("python", "-m", "build", "--no-isolation", "--outdir", str(DIST), folder)
@@ -158,13 +195,15 @@ def workbench(session: nox.Session) -> None:
 # ── How ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def on_workbench(session: nox.Session, program: str, *arguments: str) -> None:
+def on_workbench(
+    session: nox.Session, program: str, *arguments: str, env: dict[str, str] | None = None
+) -> None:
     folder = session.cache_dir.parent / "workbench" / "bin"
-    session.run(str(folder / program), *arguments, external=True)
+    session.run(str(folder / program), *arguments, external=True, env=env)
 
 
-def pytest(session: nox.Session, *arguments: str) -> None:
-    on_workbench(session, "python", "-m", "pytest", *arguments, *session.posargs)
+def pytest(session: nox.Session, *arguments: str, env: dict[str, str] | None = None) -> None:
+    on_workbench(session, "python", "-m", "pytest", *arguments, *session.posargs, env=env)
 
 
 def install_editable(session: nox.Session, constraints: Path, *requirements: str) -> None:
@@ -173,7 +212,7 @@ def install_editable(session: nox.Session, constraints: Path, *requirements: str
     Does nothing where this environment was made in the same way before.
     """
     stamp = Path(session.virtualenv.location) / "installed"
-    files = [constraints, *sorted(ROOT.glob("packages/*/pyproject.toml"))]
+    files = [constraints, *(file for package in PACKAGES for file in build_inputs(package))]
     made_of = hashlib.sha256(b"".join(f.read_bytes() for f in files) + repr(requirements).encode())
     if stamp.exists() and stamp.read_text() == made_of.hexdigest():
         return
@@ -181,6 +220,13 @@ def install_editable(session: nox.Session, constraints: Path, *requirements: str
     editable = [word for package in PACKAGES for word in ("-e", f"packages/{package}")]
     session.install("-c", str(constraints), *editable, *requirements)
     stamp.write_text(made_of.hexdigest())
+
+
+def build_inputs(package: str) -> list[Path]:
+    """What an editable install is made of, other than Python."""
+    folder = ROOT / "packages" / package
+    patterns = ("pyproject.toml", "hatch_build.py", "CMakeLists.txt", "csrc/**/*")
+    return sorted(f for pattern in patterns for f in folder.glob(pattern) if f.is_file())
 
 
 def test_requirements(packages: list[str]) -> list[str]:
