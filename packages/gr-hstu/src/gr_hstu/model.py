@@ -14,12 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gr_core.contracts import ArraySpec, EncodedRequest, Encoding, InferenceResult, PrefixStability
-from gr_core.errors import BundleError, GrError
+from gr_core.errors import BundleError, GrError, PlanError
 from gr_core.repository import Bundle, Catalogue
+from gr_core.stack import Stack, TokenSequence
 from gr_core.types import FloatArray, RecommendRequest, Task
 from gr_hstu.config import HSTUConfig, MTGRConfig
 from gr_hstu.features import FeatureSchema
 from gr_hstu.importers import import_checkpoint
+from gr_hstu.jagged import jagged, stack_of
 from gr_hstu.models import MTGR, HSTURetrieval, build_model
 from gr_hstu.modules.skeleton import skeleton
 from gr_hstu.stability import prefix_stability
@@ -74,7 +76,7 @@ class RetrievalRanker(nn.Module):
 
 
 class HSTUModel:
-    """Implements `gr_core.contracts.TorchModel` for a bundle of either architecture."""
+    """Implements `gr_core.stack.StackModel` for a bundle of either architecture."""
 
     def __init__(self, bundle: Bundle, config: HSTUConfig | MTGRConfig) -> None:
         self._bundle = bundle
@@ -89,6 +91,8 @@ class HSTUModel:
             raise BundleError(f"{bundle.path}/config.json: config: {error}") from None
         self.notes = _load_weights(bundle, module)
         self._module = module.eval().requires_grad_(False)
+        self._jagged = jagged(module)
+        self._stack: Stack | None = None
         self._retrieves = isinstance(module, HSTURetrieval)
         supported = (Task.RETRIEVE, Task.RANK) if self._retrieves else (Task.RANK,)
         if unsupported := [t for t in bundle.tasks if t not in supported]:
@@ -205,6 +209,31 @@ class HSTUModel:
         if isinstance(self._module, HSTURetrieval):
             return self._module if task is Task.RETRIEVE else RetrievalRanker(self._module).eval()
         return self._module
+
+    def stack(self, task: Task) -> Stack:
+        """The same for all tasks, which therefore share K and V."""
+        if self._stack is None:
+            try:
+                self._stack = stack_of(self._module)
+            except PlanError as error:
+                raise PlanError(f"{self._bundle.name}: {error}") from None
+        return self._stack
+
+    def sequence(self, request: EncodedRequest) -> TokenSequence:
+        return self._jagged.sequence(request)
+
+    def embed(
+        self,
+        requests: Sequence[EncodedRequest],
+        sequences: Sequence[TokenSequence],
+        starts: Sequence[int],
+    ) -> Tensor:
+        return self._jagged.embed(requests, sequences, starts)
+
+    def outputs(
+        self, task: Task, requests: Sequence[EncodedRequest], rows: Tensor
+    ) -> Sequence[Tensor]:
+        return self._jagged.outputs(task, requests, rows)
 
     def item_table(self) -> Tensor:
         assert isinstance(self._module, HSTURetrieval)

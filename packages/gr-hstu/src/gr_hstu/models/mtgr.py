@@ -189,25 +189,18 @@ class MTGR(nn.Module):
         realtime_counts_B: Tensor,
     ) -> tuple[Tensor, MTGRTokens]:
         """Input (B, S, D) and tokens of U, S and R."""
-        config = self.config
-        features = self.users(user_BG) if user_BG is not None else []
-        if config.context_placement == "prefix" and context_BG is not None:
-            features = features + self.contexts(context_BG)
-        users = [
-            project(feature)[:, None]
-            for project, feature in zip(self.user_projections, features, strict=True)
-        ]
-        signals = self.signals(signals_BLG) if signals_BLG is not None else []
-        x_BLD = self.behaviour_mlp(torch.cat([*self._item_content(items_BL), *signals], dim=-1))
         # Position 0 is the candidates'.
         position_L = 1 + torch.arange(items_BL.shape[1], device=items_BL.device)
         x_BLD = self.position_time(
-            x_BLD, position_L.expand_as(items_BL), since_previous(timestamps_BL)
+            self.behaviours(items_BL, signals_BLG),
+            position_L.expand_as(items_BL),
+            self.position_time.buckets(since_previous(timestamps_BL)),
         )
         tokens = mtgr_history_tokens(
-            config.num_prefix_tokens, timestamps_BL, lengths_B, realtime_counts_B
+            self.config.num_prefix_tokens, timestamps_BL, lengths_B, realtime_counts_B
         )
-        return torch.cat([*users, x_BLD], dim=1), tokens
+        features = self.features(user_BG, context_BG)
+        return torch.cat([*(f[:, None] for f in features), x_BLD], dim=1), tokens
 
     def _candidates(
         self,
@@ -218,16 +211,45 @@ class MTGR(nn.Module):
         context_BG: Tensor | None,
     ) -> Tensor:
         """Input of the candidates' tokens (B, C, D)."""
-        crosses = self.crosses(crosses_BCG) if crosses_BCG is not None else []
-        if self.config.context_placement == "candidate" and context_BG is not None:
-            shape = (-1, items_BC.shape[1], -1)
-            crosses = crosses + [c[:, None].expand(shape) for c in self.contexts(context_BG)]
-        x_BCD = self.candidate_mlp(torch.cat([*self._item_content(items_BC), *crosses], dim=-1))
         elapsed_B1 = (request_time_B - last_timestamp_B)[:, None]
         encoded_BCD: Tensor = self.position_time(
-            x_BCD, torch.zeros_like(items_BC), elapsed_B1.expand_as(items_BC)
+            self.candidates(
+                items_BC, crosses_BCG, context_BG[:, None] if context_BG is not None else None
+            ),
+            torch.zeros_like(items_BC),
+            self.position_time.buckets(elapsed_B1.expand_as(items_BC)),
         )
         return encoded_BCD
+
+    def features(self, user: Tensor | None, context: Tensor | None) -> list[Tensor]:
+        """Tokens of U, each (..., D), from feature ids (..., G)."""
+        features = self.users(user) if user is not None else []
+        if self.config.context_placement == "prefix" and context is not None:
+            features = features + self.contexts(context)
+        return [
+            project(feature)
+            for project, feature in zip(self.user_projections, features, strict=True)
+        ]
+
+    def behaviours(self, items: Tensor, signals: Tensor | None) -> Tensor:
+        """Content of S and R (..., D) from items (...) and signals (..., G)."""
+        signal_embeddings = self.signals(signals) if signals is not None else []
+        content: Tensor = self.behaviour_mlp(
+            torch.cat([*self._item_content(items), *signal_embeddings], dim=-1)
+        )
+        return content
+
+    def candidates(self, items: Tensor, crosses: Tensor | None, context: Tensor | None) -> Tensor:
+        """Content of candidates (..., D) from items (...), cross features (..., G) and contexts,
+        whose ids (..., G) are broadcast."""
+        embeddings = self.crosses(crosses) if crosses is not None else []
+        if self.config.context_placement == "candidate" and context is not None:
+            shape = (*items.shape, -1)
+            embeddings = embeddings + [c.expand(shape) for c in self.contexts(context)]
+        content: Tensor = self.candidate_mlp(
+            torch.cat([*self._item_content(items), *embeddings], dim=-1)
+        )
+        return content
 
     def _item_content(self, items: Tensor) -> list[Tensor]:
         side = self.item_side(self.item_features[items]) if len(self.item_side) else []

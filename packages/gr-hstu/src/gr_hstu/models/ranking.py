@@ -198,11 +198,8 @@ class HSTURanking(nn.Module):
         """Input (B, S, D) and tokens of the prefix and the history."""
         config = self.config
         prefix = config.num_prefix_tokens
-        features = self.users(user_BG) if user_BG is not None else []
-        if config.context_placement == "prefix" and context_BG is not None:
-            features = features + self.contexts(context_BG)
-        signals = self.signals(signals_BLG) if signals_BLG is not None else []
-        behaviours_BLD = sum_embeddings(signals, self._item_content(items_BL))
+        features = self.features(user_BG, context_BG)
+        behaviours_BLD = self.behaviours(items_BL, signals_BLG)
         x_BSD = torch.cat([*(f[:, None] for f in features), behaviours_BLD], dim=1)
 
         length = items_BL.shape[1]
@@ -217,10 +214,11 @@ class HSTURanking(nn.Module):
             elapsed_BL = since_previous(timestamps_BL)
         else:
             elapsed_BL = request_time_B[:, None] - timestamps_BL
-        x_BSD = self.position_time(
-            x_BSD * math.sqrt(config.d_model),
+        elapsed_BS = torch.cat([torch.full_like(prefix_BP, NEVER), elapsed_BL], dim=1)
+        x_BSD = self.placed(
+            x_BSD,
             torch.cat([prefix_BP, position_BL], dim=1),
-            torch.cat([torch.full_like(prefix_BP, NEVER), elapsed_BL], dim=1),
+            self.position_time.buckets(elapsed_BS),
         )
         contextual = config.contextual_mask
         return x_BSD, history_tokens(prefix, items_BL, lengths_B, contextual=contextual)
@@ -236,21 +234,52 @@ class HSTURanking(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Input of the candidates' tokens, and of the item MLP, both (B, C, D)."""
         config = self.config
-        crosses = self.crosses(crosses_BCG) if crosses_BCG is not None else []
-        item_BCD = sum_embeddings(crosses, self._item_content(items_BC))
-        token_BCD = item_BCD + self.target
-        if config.context_placement == "candidate" and context_BG is not None:
-            contexts = [c[:, None] for c in self.contexts(context_BG)]
-            token_BCD = sum_embeddings(contexts, token_BCD)
+        item_BCD = self.candidates(items_BC, crosses_BCG)
         elapsed_B = torch.zeros_like(request_time_B)
         if config.time_from == "previous":
             elapsed_B = request_time_B - last_timestamp_B
-        token_BCD = self.position_time(
-            token_BCD * math.sqrt(config.d_model),
+        token_BCD = self.placed(
+            self.targets(item_BCD, context_BG[:, None] if context_BG is not None else None),
             torch.full_like(items_BC, config.num_prefix_tokens),
-            elapsed_B[:, None].expand_as(items_BC),
+            self.position_time.buckets(elapsed_B[:, None].expand_as(items_BC)),
         )
         return token_BCD, item_BCD
+
+    def features(self, user: Tensor | None, context: Tensor | None) -> list[Tensor]:
+        """Content of the prefix tokens, each (..., D), from feature ids (..., G)."""
+        features = self.users(user) if user is not None else []
+        if self.config.context_placement == "prefix" and context is not None:
+            features = features + self.contexts(context)
+        return features
+
+    def behaviours(self, items: Tensor, signals: Tensor | None) -> Tensor:
+        """Content of behaviours (..., D) from items (...) and signals (..., G)."""
+        signal_embeddings = self.signals(signals) if signals is not None else []
+        return sum_embeddings(signal_embeddings, self._item_content(items))
+
+    def candidates(self, items: Tensor, crosses: Tensor | None) -> Tensor:
+        """What is known of candidates (..., D), from items (...) and cross features (..., G)."""
+        cross_embeddings = self.crosses(crosses) if crosses is not None else []
+        return sum_embeddings(cross_embeddings, self._item_content(items))
+
+    def targets(self, candidates: Tensor, context: Tensor | None) -> Tensor:
+        """Content of the candidates' tokens (..., D); ids (..., G) of contexts are broadcast."""
+        tokens = candidates + self.target
+        if self.config.context_placement == "candidate" and context is not None:
+            tokens = sum_embeddings(self.contexts(context), tokens)
+        return tokens
+
+    def placed(self, content: Tensor, position: Tensor, bucket: Tensor | None) -> Tensor:
+        """The stack's input (..., D): scaled content, position and time."""
+        encoded: Tensor = self.position_time(
+            content * math.sqrt(self.config.d_model), position, bucket
+        )
+        return encoded
+
+    def logits(self, encoded: Tensor, candidates: Tensor) -> Tensor:
+        """(..., O) from the stack's output for `targets`, and `candidates`, both (..., D)."""
+        logits: Tensor = self.heads(self.output_norm(encoded) * self.item_mlp(candidates))
+        return logits
 
     def _item_content(self, items: Tensor) -> Tensor:
         side = self.item_side(self.item_features[items]) if len(self.item_side) else []
@@ -276,6 +305,5 @@ class HSTURanking(nn.Module):
         )
 
     def _logits(self, encoded_BCD: Tensor, item_BCD: Tensor, targets: HSTUTokens) -> Tensor:
-        product_BCD = self.output_norm(encoded_BCD) * self.item_mlp(item_BCD)
-        logits_BCO: Tensor = self.heads(product_BCD)
+        logits_BCO = self.logits(encoded_BCD, item_BCD)
         return logits_BCO.masked_fill(~targets.valid_BT[..., None], 0.0)

@@ -95,16 +95,20 @@ class HSTURetrieval(nn.Module):
             tokens.rank_BT, history_timestamps, history_lengths, request_time
         )
         x_BLD, _, _ = self.stack(x_BLD, hstu_mask(tokens, tokens), index)
-        encoded_BLD = self._normalize_user(x_BLD).masked_fill(~tokens.valid_BT[..., None], 0.0)
+        encoded_BLD = self.normalize_user(x_BLD).masked_fill(~tokens.valid_BT[..., None], 0.0)
         return encoded_BLD[:, :length]
 
     def embed(self, history_items: Tensor, history_signals: Tensor | None) -> Tensor:
         """Scaled item and signal embeddings plus the position's (B, L, D)."""
-        signals = self.signals(history_signals) if history_signals is not None else []
-        x_BLD = sum_embeddings(signals, self.items(history_items))
         positions_L = torch.arange(history_items.shape[1], device=history_items.device)
-        position_LD: Tensor = self.positions(positions_L)
-        return x_BLD * math.sqrt(self.config.d_model) + position_LD
+        return self.placed(history_items, history_signals, positions_L)
+
+    def placed(self, items: Tensor, signals: Tensor | None, position: Tensor) -> Tensor:
+        """The stack's input (..., D) from items (...), signals (..., G) and positions."""
+        signal_embeddings = self.signals(signals) if signals is not None else []
+        x = sum_embeddings(signal_embeddings, self.items(items))
+        position_embedding: Tensor = self.positions(position)
+        return x * math.sqrt(self.config.d_model) + position_embedding
 
     def _relative_index(
         self, rank_BL: Tensor, timestamps_BL: Tensor, lengths_B: Tensor, request_time_B: Tensor
@@ -123,7 +127,8 @@ class HSTURetrieval(nn.Module):
             num_buckets=self.config.time_bias_buckets,
         )
 
-    def _normalize_user(self, x: Tensor) -> Tensor:
+    def normalize_user(self, x: Tensor) -> Tensor:
+        """The users (..., D) from the stack's output for the last of their behaviours."""
         if self.config.user_norm == "l2":
             return l2_normalize(x)
         return F.layer_norm(x, (x.shape[-1],), eps=1e-6)
@@ -135,7 +140,9 @@ class HSTURetrieval(nn.Module):
 
     def score(self, user_BD: Tensor, candidate_items: Tensor) -> Tensor:
         """Dot products (B, C) of users and items (int64 indices (B, C), 0 where padded)."""
-        items_BCD = self.items(candidate_items)
-        if self.config.item_l2_norm:
-            items_BCD = l2_normalize(items_BCD)
-        return torch.einsum("bd,bcd->bc", user_BD, items_BCD)
+        return torch.einsum("bd,bcd->bc", user_BD, self.item_vectors(candidate_items))
+
+    def item_vectors(self, items: Tensor) -> Tensor:
+        """Rows (..., D) of `item_embeddings` for indices (...)."""
+        vectors: Tensor = self.items(items)
+        return l2_normalize(vectors) if self.config.item_l2_norm else vectors

@@ -69,10 +69,7 @@ def sum_embeddings(embeddings: Sequence[Tensor], start: Tensor) -> Tensor:
 
 
 class PositionTimeEmbedding(nn.Module):
-    """Sum of a position and a time embedding; either is absent with zero buckets.
-
-    Positions are int64 (B, T), clamped to the last row. Elapsed times are int64 seconds (B, T).
-    """
+    """Sum of a position and a time embedding; either is absent with zero buckets."""
 
     def __init__(self, position_buckets: int, time_buckets: int, width: int) -> None:
         super().__init__()
@@ -87,11 +84,19 @@ class PositionTimeEmbedding(nn.Module):
             self.time = nn.Embedding(time_buckets + 1, width)
             nn.init.uniform_(self.time.weight, -(time_buckets**-0.5), time_buckets**-0.5)
 
-    def forward(self, x_BTD: Tensor, position_BT: Tensor, elapsed_BT: Tensor) -> Tensor:
-        """x plus the embeddings."""
+    def buckets(self, seconds: Tensor) -> Tensor | None:
+        """Rows of the time table for elapsed int64 seconds; None without times."""
+        if self.time is None:
+            return None
+        return elapsed_buckets(seconds, self.time.num_embeddings - 1)
+
+    def forward(self, x: Tensor, position: Tensor, bucket: Tensor | None) -> Tensor:
+        """x (..., D) plus the embeddings of positions, clamped to the last row, and of `buckets`.
+
+        Both are integers (...).
+        """
         if self.position is not None:
-            last = self.position.num_embeddings - 1
-            x_BTD = x_BTD + self.position(position_BT.clamp(max=last))
+            x = x + self.position(position.clamp(max=self.position.num_embeddings - 1))
         if self.time is not None:
-            x_BTD = x_BTD + self.time(elapsed_buckets(elapsed_BT, self.time.num_embeddings - 1))
-        return x_BTD
+            x = x + self.time(bucket)
+        return x

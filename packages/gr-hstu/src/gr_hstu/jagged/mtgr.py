@@ -1,0 +1,177 @@
+"""`MTGR` without padding.
+
+Shapes: P tokens of U, L behaviours (S, then R), N = P + L, G feature columns, W ids of a token,
+T tokens of a batch, C candidates of a batch, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gr_core.contracts import EncodedRequest
+from gr_core.stack import TokenSequence
+from gr_core.types import Task
+from gr_hstu.jagged import rows as jagged_rows
+from gr_hstu.jagged.intervals import Int32Array, mtgr_intervals
+from gr_hstu.jagged.rows import candidate_counts, joined
+from gr_hstu.models import MTGR
+from gr_hstu.modules.masks import CANDIDATE, LONG_HISTORY, REALTIME, USER
+
+_FEWEST_ROWS = 8
+"""Libraries multiply a few rows in another way, which rounds differently. Fewer rows than this are
+filled up, so that a token gives the same bits with others and alone."""
+
+
+class JaggedMTGR:
+    """A token's ids: the item (or the feature's id, in U), signals, time, and the tie.
+
+    U and S see each other in both directions, so all of U and S is in the salt. A token of R sees
+    U, S and what is strictly earlier in R: its K and V depend on these, on itself, and on which of
+    the tokens before it have its own time. The tie says so: 1 where the time is that of the token
+    of R before. So R may grow, and K and V stay.
+    """
+
+    def __init__(self, module: MTGR) -> None:
+        self._module = module
+        self._prefix = module.config.num_prefix_tokens
+        self._users = len(module.users)
+        self._signals = len(module.signals)
+        self._timed = bool(module.config.time_buckets)
+        self._time_column = 1 + self._signals
+        self._width = self._time_column + self._timed + 1
+
+    def sequence(self, request: EncodedRequest) -> TokenSequence:
+        arrays, prefix = request.arrays, self._prefix
+        times_L = arrays["history_timestamps"]
+        candidates = len(arrays["candidate_items"])
+        realtime = min(int(arrays["realtime_counts"]), len(times_L))
+        ids_NW = self._ids(request, realtime)
+        n = len(ids_NW)
+        low, high = mtgr_intervals(
+            prefix, times_L, realtime, int(arrays["request_time"]), candidates
+        )
+        groups = np.empty(n + candidates, np.uint8)
+        groups[:prefix] = USER
+        groups[prefix : n - realtime] = LONG_HISTORY
+        groups[n - realtime : n] = REALTIME
+        groups[n:] = CANDIDATE
+        return TokenSequence(
+            history=n,
+            candidates=candidates,
+            low=low,
+            high=high,
+            content=jagged_rows.to_content(ids_NW),
+            salt=jagged_rows.digest(ids_NW[: n - realtime]),
+            reusable=n,
+            groups=groups,
+        )
+
+    def _ids(self, request: EncodedRequest, realtime: int) -> Int32Array:
+        arrays, prefix = request.arrays, self._prefix
+        items_L, times_L = arrays["history_items"], arrays["history_timestamps"]
+        ids_NW = np.empty((prefix + len(items_L), self._width), np.int32)
+        if prefix:
+            ids_NW[:prefix] = 0
+            ids_NW[: self._users, 0] = arrays["user_features"]
+            if prefix > self._users:
+                ids_NW[self._users : prefix, 0] = arrays["context_features"]
+        ids_LW = ids_NW[prefix:]
+        ids_LW[:, 0] = items_L
+        if self._signals:
+            ids_LW[:, 1 : self._time_column] = arrays["history_signals"]
+        if self._timed:
+            bucket_L = self._module.position_time.buckets(jagged_rows.elapsed_before(times_L))
+            assert bucket_L is not None
+            ids_LW[:, self._time_column] = bucket_L.numpy()
+        ids_LW[:, -1] = 0
+        if realtime > 1:
+            times_R = times_L[len(times_L) - realtime :]
+            ids_LW[1 - realtime :, -1] = times_R[1:] == times_R[:-1]
+        return ids_NW
+
+    @torch.inference_mode()
+    def embed(
+        self,
+        requests: Sequence[EncodedRequest],
+        sequences: Sequence[TokenSequence],
+        starts: Sequence[int],
+    ) -> Tensor:
+        module, prefix = self._module, self._prefix
+        parts = []
+        features = jagged_rows.prefix_rows(sequences, starts, prefix)
+        if features is not None:
+            ids_BP, wanted, _ = features
+            tokens_TD = _filled_up(self._features, ids_BP).flatten(0, 1)
+            parts.append(tokens_TD if wanted is None else tokens_TD[wanted])
+
+        ids, places = jagged_rows.new_ids(sequences, [max(start, prefix) for start in starts])
+        counts = candidate_counts(requests)
+        contents = []
+        if len(ids):
+            contents.append(_filled_up(self._behaviours, torch.from_numpy(ids)))
+        if sum(counts):
+            contents.append(_filled_up(self._candidates, *self._candidate_ids(requests, counts)))
+        if contents:
+            # Position 0 is the candidates', those of behaviours count from 1, after U.
+            positions = np.concatenate([places + (1 - prefix), np.zeros(sum(counts), np.int32)])
+            buckets = self._buckets(ids, requests, counts) if self._timed else None
+            parts.append(
+                module.position_time(torch.cat(contents), torch.from_numpy(positions), buckets)
+            )
+        if not parts:
+            return torch.empty(0, module.config.d_model)
+        x_TD = torch.cat(parts)
+        order = jagged_rows.request_by_request(sequences, starts, prefix)
+        return x_TD if order is None else x_TD[order]
+
+    def _features(self, ids_BP: Tensor) -> Tensor:
+        features = self._module.features(ids_BP[:, : self._users], ids_BP[:, self._users :])
+        return torch.stack(features, dim=1)
+
+    def _behaviours(self, ids_TW: Tensor) -> Tensor:
+        return self._module.behaviours(ids_TW[:, 0], ids_TW[:, 1 : self._time_column])
+
+    def _candidates(
+        self, items_C: Tensor, crosses_CG: Tensor, contexts_CG: Tensor | None = None
+    ) -> Tensor:
+        return self._module.candidates(items_C, crosses_CG, contexts_CG)
+
+    def _candidate_ids(
+        self, requests: Sequence[EncodedRequest], counts: Sequence[int]
+    ) -> tuple[Tensor, ...]:
+        ids = joined(requests, "candidate_items"), joined(requests, "candidate_features")
+        if self._module.config.context_placement != "candidate":
+            return ids
+        return *ids, jagged_rows.for_each_candidate(requests, "context_features", counts)
+
+    def _buckets(
+        self, ids_TW: Int32Array, requests: Sequence[EncodedRequest], counts: Sequence[int]
+    ) -> Tensor:
+        bucket = self._module.position_time.buckets(jagged_rows.elapsed_at_request(requests))
+        assert bucket is not None
+        of_candidates: npt.NDArray[np.int64] = np.repeat(bucket.numpy(), counts)
+        return torch.from_numpy(np.concatenate([ids_TW[:, self._time_column], of_candidates]))
+
+    @torch.inference_mode()
+    def outputs(
+        self, task: Task, requests: Sequence[EncodedRequest], rows: Tensor
+    ) -> Sequence[Tensor]:
+        counts = candidate_counts(requests)
+        logits: Tensor = self._module.heads(jagged_rows.answering_rows(rows, counts))
+        return logits.split_with_sizes(counts)
+
+
+def _filled_up(compute: Callable[..., Tensor], *ids: Tensor) -> Tensor:
+    """``compute(*ids)`` for ids of few rows as it would be among many."""
+    count = len(ids[0])
+    if count >= _FEWEST_ROWS:
+        return compute(*ids)
+    filled = [part.new_zeros(_FEWEST_ROWS, *part.shape[1:]) for part in ids]
+    for more, part in zip(filled, ids, strict=True):
+        more[:count] = part
+    return compute(*filled)[:count]

@@ -1,0 +1,171 @@
+"""`HSTURanking` without padding.
+
+Shapes: P prefix tokens, L behaviours, N = P + L, G feature columns, W ids of a token, T tokens of a
+batch, C candidates of a batch, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gr_core.contracts import EncodedRequest
+from gr_core.stack import TokenSequence
+from gr_core.types import Task
+from gr_hstu.jagged import rows as jagged_rows
+from gr_hstu.jagged.intervals import Int32Array, hstu_intervals
+from gr_hstu.jagged.rows import candidate_counts, joined
+from gr_hstu.models import HSTURanking
+from gr_hstu.modules.embeddings import NEVER
+
+
+class JaggedRanking:
+    """A token's ids: the item (or the feature's id, in the prefix), signals, position and time.
+
+    The position is among them where it is counted from the end, else it is the row's own. The time
+    is its bucket, so what is counted until the request stays as it is until the bucket changes.
+    """
+
+    def __init__(self, module: HSTURanking) -> None:
+        config = module.config
+        self._module = module
+        self._prefix = config.num_prefix_tokens
+        self._users = len(module.users)
+        self._signals = len(module.signals)
+        self._last_position = config.position_buckets - 1
+        self._from_end = bool(config.position_buckets) and config.position_from == "end"
+        self._timed = bool(config.time_buckets)
+        self._since_previous = config.time_from == "previous"
+        # All tokens see the prefix, and it sees all of them.
+        self._bidirectional = config.contextual_mask and self._prefix > 0
+        self._width = 1 + self._signals + self._timed + self._from_end
+        self._time_column = 1 + self._signals
+        never = module.position_time.buckets(torch.tensor(NEVER))
+        self._never = 0 if never is None else int(never)
+
+    def sequence(self, request: EncodedRequest) -> TokenSequence:
+        config = self._module.config
+        prefix, candidates = self._prefix, len(request.arrays["candidate_items"])
+        ids_NW = self._ids(request)
+        n = len(ids_NW)
+        low, high = hstu_intervals(
+            prefix,
+            n - prefix,
+            candidates,
+            window=config.max_attn_len,
+            contextual=config.contextual_mask,
+        )
+        return TokenSequence(
+            history=n,
+            candidates=candidates,
+            low=low,
+            high=high,
+            content=jagged_rows.to_content(ids_NW),
+            salt=jagged_rows.digest(ids_NW) if self._bidirectional else b"",
+            reusable=n,
+        )
+
+    def _ids(self, request: EncodedRequest) -> Int32Array:
+        arrays, prefix = request.arrays, self._prefix
+        items_L = arrays["history_items"]
+        length = len(items_L)
+        ids_NW = np.empty((prefix + length, self._width), np.int32)
+        if prefix:
+            ids_NW[:prefix] = 0
+            ids_NW[: self._users, 0] = arrays["user_features"]
+            if prefix > self._users:
+                ids_NW[self._users : prefix, 0] = arrays["context_features"]
+        ids_LW = ids_NW[prefix:]
+        ids_LW[:, 0] = items_L
+        if self._signals:
+            ids_LW[:, 1 : self._time_column] = arrays["history_signals"]
+        if self._timed:
+            times_L = arrays["history_timestamps"]
+            if self._since_previous:
+                elapsed_L = jagged_rows.elapsed_before(times_L)
+            else:
+                elapsed_L = torch.from_numpy(arrays["request_time"] - times_L)
+            bucket_L = self._module.position_time.buckets(elapsed_L)
+            assert bucket_L is not None
+            ids_LW[:, self._time_column] = bucket_L.numpy()
+            ids_NW[:prefix, self._time_column] = self._never
+        if self._from_end:
+            position_L = np.arange(prefix + length, prefix, -1)
+            ids_LW[:, -1] = np.minimum(position_L, self._last_position)
+            ids_NW[:prefix, -1] = np.arange(prefix)
+        return ids_NW
+
+    @torch.inference_mode()
+    def embed(
+        self,
+        requests: Sequence[EncodedRequest],
+        sequences: Sequence[TokenSequence],
+        starts: Sequence[int],
+    ) -> Tensor:
+        module, prefix = self._module, self._prefix
+        contents: list[Tensor] = []
+        positions: list[npt.NDArray[Any]] = []
+        buckets: list[npt.NDArray[Any]] = []
+        features = jagged_rows.prefix_rows(sequences, starts, prefix)
+        if features is not None:
+            ids_BP, wanted, prefix_places = features
+            embeddings = module.features(ids_BP[:, : self._users], ids_BP[:, self._users :])
+            content_TD = torch.stack(embeddings, dim=1).flatten(0, 1)
+            contents.append(content_TD if wanted is None else content_TD[wanted])
+            positions.append(prefix_places)
+            buckets.append(np.full(len(prefix_places), self._never))
+
+        ids, places = jagged_rows.new_ids(sequences, [max(start, prefix) for start in starts])
+        ids_TW = torch.from_numpy(ids)
+        contents.append(module.behaviours(ids_TW[:, 0], ids_TW[:, 1 : self._time_column]))
+        # Row `prefix` of the position table is the candidates'.
+        positions.append(ids[:, -1] if self._from_end else places + 1)
+        if self._timed:
+            buckets.append(ids[:, self._time_column])
+
+        counts = candidate_counts(requests)
+        candidates_CD = self._candidates(requests)
+        context_CG = None
+        if module.config.context_placement == "candidate":
+            context_CG = jagged_rows.for_each_candidate(requests, "context_features", counts)
+        contents.append(module.targets(candidates_CD, context_CG))
+        positions.append(np.full(sum(counts), prefix))
+        if self._timed:
+            buckets.append(self._candidate_buckets(requests, counts))
+
+        x_TD = module.placed(
+            torch.cat(contents),
+            torch.from_numpy(np.concatenate(positions)),
+            torch.from_numpy(np.concatenate(buckets)) if self._timed else None,
+        )
+        order = jagged_rows.request_by_request(sequences, starts, prefix)
+        return x_TD if order is None else x_TD[order]
+
+    def _candidates(self, requests: Sequence[EncodedRequest]) -> Tensor:
+        return self._module.candidates(
+            joined(requests, "candidate_items"), joined(requests, "candidate_features")
+        )
+
+    def _candidate_buckets(
+        self, requests: Sequence[EncodedRequest], counts: Sequence[int]
+    ) -> npt.NDArray[np.int64]:
+        if not self._since_previous:
+            return np.zeros(sum(counts), np.int64)
+        elapsed = jagged_rows.elapsed_at_request(requests)
+        bucket = self._module.position_time.buckets(elapsed)
+        assert bucket is not None
+        return np.repeat(bucket.numpy(), counts)
+
+    @torch.inference_mode()
+    def outputs(
+        self, task: Task, requests: Sequence[EncodedRequest], rows: Tensor
+    ) -> Sequence[Tensor]:
+        counts = candidate_counts(requests)
+        encoded_CD = jagged_rows.answering_rows(rows, counts)
+        logits_CO = self._module.logits(encoded_CD, self._candidates(requests))
+        return logits_CO.split_with_sizes(counts)

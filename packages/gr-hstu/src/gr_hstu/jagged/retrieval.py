@@ -1,0 +1,87 @@
+"""`HSTURetrieval` without padding.
+
+Shapes: L behaviours, G signal columns, W ids of a token, D model width, R requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gr_core.contracts import EncodedRequest
+from gr_core.stack import TokenSequence
+from gr_core.types import Task
+from gr_hstu.jagged.intervals import hstu_intervals
+from gr_hstu.jagged.rows import candidate_counts, joined, new_ids, to_content
+from gr_hstu.models import HSTURetrieval
+
+
+class JaggedRetrieval:
+    """A token's ids: the item, its signals and, with a time bias, the time until what follows.
+
+    That bias lets token i read the time of behaviour i + 1, which therefore belongs to its row; the
+    last row has the request's time, so the last token changes once a behaviour follows.
+    """
+
+    def __init__(self, module: HSTURetrieval) -> None:
+        self._module = module
+        self._signals = len(module.signals)
+        self._timed = module.config.relative_bias
+        self._width = 1 + self._signals + (2 if self._timed else 0)
+
+    def sequence(self, request: EncodedRequest) -> TokenSequence:
+        arrays = request.arrays
+        items_L = arrays["history_items"]
+        length = len(items_L)
+        ids_LW = np.empty((length, self._width), np.int32)
+        ids_LW[:, 0] = items_L
+        if self._signals:
+            ids_LW[:, 1 : 1 + self._signals] = arrays["history_signals"]
+        times_L = next_times_L = None
+        if self._timed:
+            times_L = arrays["history_timestamps"]
+            next_times_L = np.empty_like(times_L)
+            next_times_L[:-1] = times_L[1:]
+            next_times_L[-1:] = arrays["request_time"]
+            # Two ids hold the 64 bits. Differences are all that the bias reads.
+            ids_LW[:, -2:].view(np.int64)[:, 0] = next_times_L - times_L
+        low, high = hstu_intervals(0, length, 0)
+        return TokenSequence(
+            history=length,
+            candidates=0,
+            low=low,
+            high=high,
+            content=to_content(ids_LW),
+            salt=b"",
+            reusable=max(0, length - 1) if self._timed else length,
+            times=times_L,
+            next_times=next_times_L,
+        )
+
+    @torch.inference_mode()
+    def embed(
+        self,
+        requests: Sequence[EncodedRequest],
+        sequences: Sequence[TokenSequence],
+        starts: Sequence[int],
+    ) -> Tensor:
+        ids, places = new_ids(sequences, starts)
+        ids_TW = torch.from_numpy(ids)
+        return self._module.placed(
+            ids_TW[:, 0], ids_TW[:, 1 : 1 + self._signals], torch.from_numpy(places)
+        )
+
+    @torch.inference_mode()
+    def outputs(
+        self, task: Task, requests: Sequence[EncodedRequest], rows: Tensor
+    ) -> Sequence[Tensor]:
+        users_RD = self._module.normalize_user(rows)
+        if task is Task.RETRIEVE:
+            return users_RD.unbind(0)
+        counts = candidate_counts(requests)
+        items_CD = self._module.item_vectors(joined(requests, "candidate_items"))
+        by_request = items_CD.split_with_sizes(counts)
+        return [items @ user for items, user in zip(by_request, users_RD[..., None], strict=True)]
