@@ -202,11 +202,9 @@ def configuration(
             f"[batching]\nmax_batch_size = {options.batch}\n",
             f'[histories]\ncapacity_bytes = "{options.histories}"\n',
             '[logging]\nlevel = "warning"\n',
-            *(
-                [f'[cache.user_kv]\ncache = "paged"\ncapacity_bytes = "{options.cache}"\n']
-                if strategy == "native"
-                else []
-            ),
+            f'[cache.user_kv]\ncapacity_bytes = "{options.cache}"\n'
+            if strategy == "native"
+            else '[cache.user_kv]\ncache = "off"\n',
             getattr(options, "more_configuration", ""),
         ]
     )
