@@ -313,7 +313,7 @@ class Client(_Common):
         return models_from_message([answer.model])[0]
 
     def drop_user(self, user_id: str, *, timeout_s: float | None = None) -> int:
-        """Drops what the server's caches hold of a user and returns the number of entries."""
+        """Drops what the server holds of a user and returns the number of entries."""
         deadline = self._deadline(timeout_s)
         message = cache_pb.DropUserStateRequest(user_id=user_id)
         dropped: int = self._call(self._cache.DropUserState, message, deadline).dropped_entries
@@ -437,7 +437,7 @@ class AsyncClient(_Common):
         return models_from_message([answer.model])[0]
 
     async def drop_user(self, user_id: str, *, timeout_s: float | None = None) -> int:
-        """Drops what the server's caches hold of a user and returns the number of entries."""
+        """Drops what the server holds of a user and returns the number of entries."""
         deadline = self._deadline(timeout_s)
         message = cache_pb.DropUserStateRequest(user_id=user_id)
         answer = await self._call(self._cache.DropUserState, message, deadline)
