@@ -1,0 +1,290 @@
+"""What was measured, as tables for people, Markdown for pages and JSON for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from gr_kernels.benchmark.measure import Demand, PointResult, Settings, SideResult
+
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""Names of columns, and rows."""
+
+_NATIVE = "native-bf16"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A run of the benchmark. ``series`` names the points' group, see `growth`; else ``grid``."""
+
+    machine: Mapping[str, Any]
+    gemm_gflops_per_s: Mapping[str, float]
+    keeps_freed_memory: bool
+    settings: Settings
+    series: Mapping[str, Sequence[PointResult]]
+
+    @property
+    def points(self) -> Sequence[PointResult]:
+        return [point for points in self.series.values() for point in points]
+
+    @property
+    def wrong(self) -> Sequence[tuple[PointResult, SideResult]]:
+        return [(point, side) for point in self.points for side in point.sides if side.wrong]
+
+    def as_json(self) -> Mapping[str, Any]:
+        return {
+            "what": "HSTU layers: the native stack beside what else computes such layers",
+            "when": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": self.machine,
+            "gemm_gflops_per_s": self.gemm_gflops_per_s,
+            "keeps_freed_memory": self.keeps_freed_memory,
+            "settings": dataclasses.asdict(self.settings),
+            "series": {
+                name: [_point_as_json(point) for point in points]
+                for name, points in self.series.items()
+            },
+        }
+
+    def as_markdown(self) -> str:
+        """Sections that pages quote by their headings."""
+        sections = {
+            "Processor time": (
+                "Milliseconds of processor time, medians. The target is for a processor with AMX.",
+                times_table(self.points),
+            ),
+            "Speed-up": (
+                f"How many times {_NATIVE} is faster, beside what is demanded; the middle half of "
+                "the rounds in brackets.",
+                demands_table(self.points),
+            ),
+            "Against each side": (
+                "How many times the native side of the same precision is faster.",
+                grid_table(self.points, lambda side: _ratio(side)),
+            ),
+            "Error": (
+                "Relative to float32, in the Euclidean norm of the candidates' rows.",
+                grid_table(self.points, lambda side: _number(side.error, ".2g")),
+            ),
+            "Rate": (
+                "GFLOP/s that the work needs, by the processor time that it took.",
+                grid_table(self.points, lambda side: _number(side.gflops_per_s, ".0f")),
+            ),
+            "Wall time": (
+                "Milliseconds, medians.",
+                grid_table(self.points, lambda side: _milliseconds(side.wall_ms)),
+            ),
+            "Memory": (
+                "MiB that a run needs besides weights, input and mask.",
+                grid_table(self.points, lambda side: _mebibytes(side.peak_bytes)),
+            ),
+        }
+        parts = [f"# Work grid of the native stack\n\n{self.conditions()}\n"]
+        parts += [
+            f"## {heading}\n\n{words}\n\n{markdown(table)}\n"
+            for heading, (words, table) in sections.items()
+        ]
+        if reasons := self.reasons():
+            parts.append("## Not measured\n\n" + "".join(f"- {reason}\n" for reason in reasons))
+        return "\n".join(parts)
+
+    def conditions(self) -> str:
+        machine = ", ".join(
+            f"{name} {' '.join(value) if isinstance(value, list) else value}"
+            for name, value in self.machine.items()
+        )
+        rates = ", ".join(
+            f"{name} {rate:.0f} GFLOP/s" for name, rate in self.gemm_gflops_per_s.items()
+        )
+        kept = "keeps" if self.keeps_freed_memory else "does not keep"
+        return (
+            f"{datetime.now(UTC).isoformat(timespec='seconds')}; {machine}. Matrix product of "
+            f"2048³ through torch: {rates}. Threads: {self.settings.threads}; malloc {kept} freed "
+            f"memory. At most {self.settings.rounds} rounds and {self.settings.seconds:g} s for a "
+            "side at a point."
+        )
+
+    def reasons(self) -> Sequence[str]:
+        """Why sides have no figures, each reason once."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for point in self.points:
+            for side in point.sides:
+                if side.skipped:
+                    found.setdefault((side.name, side.skipped), []).append(point.point.label)
+        return [
+            f"{name}: {reason}" + ("" if len(at) == len(self.points) else f" ({', '.join(at)})")
+            for (name, reason), at in found.items()
+        ]
+
+
+def _point_as_json(result: PointResult) -> Mapping[str, Any]:
+    point = result.point
+    return {
+        "point": point.label,
+        **dataclasses.asdict(point),
+        "lengths": point.lengths,
+        "gflops": point.gflops(all_rows=False),
+        "gflops_all_rows": point.gflops(all_rows=True),
+        "target_ms": result.target_ms,
+        "sides": [_side_as_json(side) for side in result.sides],
+        "demands": [{**dataclasses.asdict(d), "met": d.met} for d in result.demands],
+    }
+
+
+def _side_as_json(side: SideResult) -> Mapping[str, Any]:
+    fields = dataclasses.asdict(side)
+    if side.error is not None and not math.isfinite(side.error):
+        fields["error"] = None  # which JSON has no number for
+    return {**fields, "wrong": side.wrong}
+
+
+# ── Tables ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def point_table(result: PointResult) -> Table:
+    """Everything about one point, a row for each side."""
+    columns = (
+        "side", "CPU ms", "middle half", "wall ms", "native is faster", "error", "GFLOP/s",
+        "MiB", "rounds", "what ran",
+    )  # fmt: skip
+    rows = []
+    for side in result.sides:
+        if side.skipped:
+            rows.append((side.name, *[""] * 8, f"not measured: {side.skipped}"))
+            continue
+        rows.append(
+            (
+                side.name,
+                _milliseconds(side.cpu_ms),
+                "–".join(map(_milliseconds, side.cpu_ms_quartiles or ())),
+                _milliseconds(side.wall_ms),
+                _ratio(side),
+                _error(side),
+                _number(side.gflops_per_s, ".0f"),
+                _mebibytes(side.peak_bytes),
+                str(side.rounds),
+                side.implementation,
+            )
+        )
+    return columns, rows
+
+
+def times_table(points: Sequence[PointResult]) -> Table:
+    columns, rows = grid_table(points, lambda side: _milliseconds(side.cpu_ms))
+    shown = []
+    for point, row in zip(points, rows, strict=True):
+        native = point.side(_NATIVE)
+        target = point.target_ms
+        met = ""
+        if target is not None and native is not None and native.cpu_ms is not None:
+            met = _verdict(native.cpu_ms <= target and not native.wrong)
+        shown.append((*row, _milliseconds(target), met))
+    return (*columns, "target", "met"), shown
+
+
+def demands_table(points: Sequence[PointResult]) -> Table:
+    """The ratios that are demanded, a column for each side that they concern."""
+    names = list(dict.fromkeys(d.side for point in points for d in point.demands))
+    columns = ["point"]
+    for name in names:
+        columns += [f"{name} / {_NATIVE}", "demanded", "met"]
+    rows = []
+    for point in points:
+        demands = {demand.side: demand for demand in point.demands}
+        row = [point.point.label]
+        for name in names:
+            side, demand = point.side(name), demands.get(name)
+            row += ["" if side is None else _ratio(side), *_demand_cells(demand)]
+        rows.append(row)
+    return columns, rows
+
+
+def _demand_cells(demand: Demand | None) -> tuple[str, str]:
+    if demand is None:
+        return "", ""
+    return f"{demand.ratio:g}", "" if demand.met is None else _verdict(demand.met)
+
+
+def grid_table(points: Sequence[PointResult], cell: Callable[[SideResult], str]) -> Table:
+    """A row for each point, a column for each side that has something to show somewhere."""
+    names = dict.fromkeys(side.name for point in points for side in point.sides)
+    cells = {
+        name: ["" if (s := point.side(name)) is None else cell(s) for point in points]
+        for name in names
+    }
+    shown = {name: column for name, column in cells.items() if any(column)}
+    rows = [
+        [point.point.label, *(column[i] for column in shown.values())]
+        for i, point in enumerate(points)
+    ]
+    return ["point", *shown], rows
+
+
+def markdown(table: Table) -> str:
+    columns, rows = table
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "missed"
+
+
+def _ratio(side: SideResult) -> str:
+    if side.wrong:
+        return "wrong"
+    if side.faster is None or side.faster_quartiles is None:
+        return ""
+    low, high = side.faster_quartiles
+    return f"{side.faster:.2f} ({low:.2f}–{high:.2f})"
+
+
+def _error(side: SideResult) -> str:
+    if side.error is None:
+        return "another function"
+    if side.wrong:
+        return f"{side.error:.2g}, WRONG: limit {side.limit:g}"
+    return f"{side.error:.2g}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _milliseconds(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _mebibytes(value: int | None) -> str:
+    return "" if value is None else f"{value / 2**20:.1f}"
+
+
+# ── Files ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def write(files: Mapping[Path, str]) -> None:
+    """Writes files whole: at any time each is as it was or as it shall be."""
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        number, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        try:
+            with os.fdopen(number, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(partial, 0o644)
+            os.replace(partial, path)
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+
+
+def json_text(report: Report) -> str:
+    return json.dumps(report.as_json(), indent=1, allow_nan=False) + "\n"
