@@ -41,7 +41,7 @@ from gr_hstu.modules.masks import (
     mtgr_mask,
 )
 
-from .bundles import CASES, CONFIGS, a_request, encode, load, random_module, write
+from gr_hstu.testing import CASES, CONFIGS, a_request, encode, load, random_module, write
 
 Config = HSTUConfig | MTGRConfig
 Arrays = dict[str, Any]
@@ -210,7 +210,7 @@ FEATURES: dict[str, Any] = {
     "candidate_cardinalities": CARDINALITIES,
     "context_placement": st.sampled_from(["prefix", "candidate"]),
     "heads": st.sampled_from([("a",), ("a", "b")]),
-    "mlp_dim": st.just(8),
+    "mlp_dim": st.sampled_from([8, 32, 40]),
 }
 RESEARCH = st.builds(
     HSTUConfig,

@@ -6,6 +6,7 @@ T tokens of a batch, C candidates of a batch, D model width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -23,8 +24,9 @@ from gr_hstu.models import MTGR
 from gr_hstu.modules.masks import CANDIDATE, LONG_HISTORY, REALTIME, USER
 
 _FEWEST_ROWS = 8
-"""Libraries multiply a few rows in another way, which rounds differently. Fewer rows than this are
-filled up, so that a token gives the same bits with others and alone."""
+"""Libraries multiply a few rows in another way, which rounds differently."""
+_VECTORS = 32
+"""Numbers that torch's elementwise functions take at once; a rest is rounded differently."""
 
 
 class JaggedMTGR:
@@ -44,6 +46,7 @@ class JaggedMTGR:
         self._timed = bool(module.config.time_buckets)
         self._time_column = 1 + self._signals
         self._width = self._time_column + self._timed + 1
+        self._rows_step = _VECTORS // math.gcd(_VECTORS, module.config.mlp_dim)
 
     def sequence(self, request: EncodedRequest) -> TokenSequence:
         arrays, prefix = request.arrays, self._prefix
@@ -106,16 +109,18 @@ class JaggedMTGR:
         features = jagged_rows.prefix_rows(sequences, starts, prefix)
         if features is not None:
             ids_BP, wanted, _ = features
-            tokens_TD = _filled_up(self._features, ids_BP).flatten(0, 1)
+            tokens_TD = self._filled_up(self._features, ids_BP).flatten(0, 1)
             parts.append(tokens_TD if wanted is None else tokens_TD[wanted])
 
         ids, places = jagged_rows.new_ids(sequences, [max(start, prefix) for start in starts])
         counts = candidate_counts(requests)
         contents = []
         if len(ids):
-            contents.append(_filled_up(self._behaviours, torch.from_numpy(ids)))
+            contents.append(self._filled_up(self._behaviours, torch.from_numpy(ids)))
         if sum(counts):
-            contents.append(_filled_up(self._candidates, *self._candidate_ids(requests, counts)))
+            contents.append(
+                self._filled_up(self._candidates, *self._candidate_ids(requests, counts))
+            )
         if contents:
             # Position 0 is the candidates', those of behaviours count from 1, after U.
             positions = np.concatenate([places + (1 - prefix), np.zeros(sum(counts), np.int32)])
@@ -128,6 +133,17 @@ class JaggedMTGR:
         x_TD = torch.cat(parts)
         order = jagged_rows.request_by_request(sequences, starts, prefix)
         return x_TD if order is None else x_TD[order]
+
+    def _filled_up(self, compute: Callable[..., Tensor], *ids: Tensor) -> Tensor:
+        """``compute(*ids)``, where a row gives the same bits alone and among any others."""
+        count = len(ids[0])
+        rows = max(_FEWEST_ROWS, -(-count // self._rows_step) * self._rows_step)
+        if rows == count:
+            return compute(*ids)
+        filled = [part.new_zeros(rows, *part.shape[1:]) for part in ids]
+        for more, part in zip(filled, ids, strict=True):
+            more[:count] = part
+        return compute(*filled)[:count]
 
     def _features(self, ids_BP: Tensor) -> Tensor:
         features = self._module.features(ids_BP[:, : self._users], ids_BP[:, self._users :])
@@ -164,14 +180,3 @@ class JaggedMTGR:
         counts = candidate_counts(requests)
         logits: Tensor = self._module.heads(jagged_rows.answering_rows(rows, counts))
         return logits.split_with_sizes(counts)
-
-
-def _filled_up(compute: Callable[..., Tensor], *ids: Tensor) -> Tensor:
-    """``compute(*ids)`` for ids of few rows as it would be among many."""
-    count = len(ids[0])
-    if count >= _FEWEST_ROWS:
-        return compute(*ids)
-    filled = [part.new_zeros(_FEWEST_ROWS, *part.shape[1:]) for part in ids]
-    for more, part in zip(filled, ids, strict=True):
-        more[:count] = part
-    return compute(*filled)[:count]
