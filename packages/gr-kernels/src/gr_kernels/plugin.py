@@ -4,9 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from gr_core import KernelDescriptor, hookimpl
+from gr_core import CommandDescriptor, EngineDescriptor, KernelDescriptor, Task, hookimpl
+from gr_kernels.descriptors import KERNELS
 
 
 @hookimpl
 def gr_register_kernels() -> Iterable[KernelDescriptor]:
-    return []
+    return KERNELS
+
+
+@hookimpl
+def gr_register_engines() -> Iterable[EngineDescriptor]:
+    return [
+        EngineDescriptor(
+            name="native",
+            factory="gr_kernels.engine:NativeEngine",
+            formats=("torch",),
+            tasks=(Task.RETRIEVE, Task.RANK),
+            devices=("cpu",),
+            dtypes=("float32", "bfloat16"),
+            priority=30,
+            summary="HSTU and MTGR without padding, on cached K and V",
+        )
+    ]
+
+
+@hookimpl
+def gr_register_commands() -> Iterable[CommandDescriptor]:
+    return [
+        CommandDescriptor(
+            name="bench-stack",
+            factory="gr_kernels.benchmark.command:bench_stack",
+            summary="Measure the native HSTU layers beside PyTorch and others, on a grid of work",
+        )
+    ]

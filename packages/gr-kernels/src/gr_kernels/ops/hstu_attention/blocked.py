@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gr_kernels.ops.hstu_attention.interface import sequences
+
 QUERY_BLOCK = 256
 KEY_BLOCK = 512
 """So many scores a head are computed at once: few enough to stay in a processor's cache."""
@@ -112,3 +114,47 @@ def _add_own(
         score_RH += bias.pairs(query_R, key_R)[:, None]
     weighted_RHV = F.silu(score_RH)[..., None] * v_SHV[key_R].to(wide)
     a_THV.index_add_(0, query_R, weighted_RHV.to(a_THV.dtype))
+
+
+class _GivenBias:
+    """Implements `PairBias` on the biases of all pairs, (T, S)."""
+
+    def __init__(self, bias_TS: Tensor, dtype: torch.dtype) -> None:
+        self._bias_TS = bias_TS.to(dtype)
+
+    def block(self, queries: slice, keys: slice) -> Tensor:
+        return self._bias_TS[queries, keys]
+
+    def pairs(self, query_R: Tensor, key_R: Tensor) -> Tensor:
+        return self._bias_TS[query_R, key_R]
+
+
+def hstu_attention(
+    q_THK: Tensor,
+    k_SHK: Tensor,
+    v_SHV: Tensor,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    low_T: Tensor,
+    high_T: Tensor,
+    own_T: Tensor,
+    alpha: float,
+    divisor: float,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """See `gr_kernels.ops.hstu_attention.interface`. On the CPU."""
+    a_THV = q_THK.new_zeros(len(q_THK), *v_SHV.shape[1:])
+    offsets = (query_offsets, key_offsets)
+    for one in sequences(q_THK, k_SHK, v_SHV, *offsets, low_T, high_T, own_T, bias):
+        of_pairs = None if one.bias_TS is None else _GivenBias(one.bias_TS, q_THK.dtype)
+        attended_THV = attend(
+            q_THK[one.queries] * alpha,
+            k_SHK[one.keys],
+            v_SHV[one.keys],
+            one.low_T,
+            one.high_T,
+            one.own_T,
+            of_pairs,
+        )
+        a_THV[one.queries] = attended_THV / divisor
+    return a_THV

@@ -1,0 +1,47 @@
+"""The kernels that there are, as plain data: the plugin registers them, `choose` chooses."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from gr_core import KernelDescriptor
+
+
+def probe_torch() -> tuple[bool, str]:
+    if find_spec("torch") is None:
+        return False, "torch is not installed; pip install torch"
+    return True, "torch is installed"
+
+
+KERNELS = (
+    KernelDescriptor(
+        name="hstu_attention-reference",
+        op="hstu_attention",
+        factory="gr_kernels.ops.hstu_attention.reference:hstu_attention",
+        device="cpu",
+        dtypes=("float32", "bfloat16", "float16", "float64"),
+        priority=0,
+        summary="all pairs of queries and keys, then a mask: the definition",
+        probe=probe_torch,
+    ),
+    KernelDescriptor(
+        name="hstu_attention-blocked",
+        op="hstu_attention",
+        factory="gr_kernels.ops.hstu_attention.blocked:hstu_attention",
+        device="cpu",
+        dtypes=("float32", "bfloat16", "float64"),
+        priority=10,
+        summary="torch, blocks of queries against the keys that they see",
+        probe=probe_torch,
+    ),
+    KernelDescriptor(
+        name="hstu_stack-torch",
+        op="hstu_stack",
+        factory="gr_kernels.ops.hstu_stack.reference:TorchStack",
+        device="cpu",
+        dtypes=("float32", "bfloat16", "float64"),
+        priority=10,
+        summary="all layers in torch, on K and V in blocks",
+        probe=probe_torch,
+    ),
+)
