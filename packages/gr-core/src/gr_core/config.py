@@ -59,6 +59,14 @@ def _bytes(value: object) -> object:
 Bytes = Annotated[int, BeforeValidator(_bytes)]
 
 
+def parse_bytes(field: str, value: object) -> int:
+    """A number of bytes, or text such as ``"4GiB"``, of a plugin's options; else ValueError."""
+    size = _bytes(value)
+    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        raise ValueError(f'{field}: {value!r}, expected a number of bytes, or text like "4GiB"')
+    return size
+
+
 def _matching(pattern: str, expected: str) -> AfterValidator:
     def check(value: str) -> str:
         if not re.fullmatch(pattern, value):

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from gr_core import CommandDescriptor, EngineDescriptor, KernelDescriptor, Task, hookimpl
+from gr_core import (
+    CacheDescriptor,
+    CommandDescriptor,
+    EngineDescriptor,
+    KernelDescriptor,
+    Task,
+    hookimpl,
+)
 from gr_kernels.descriptors import KERNELS
 
 
@@ -36,5 +43,18 @@ def gr_register_commands() -> Iterable[CommandDescriptor]:
             name="bench-stack",
             factory="gr_kernels.benchmark.command:bench_stack",
             summary="Measure the native HSTU layers beside PyTorch and others, on a grid of work",
+        )
+    ]
+
+
+@hookimpl
+def gr_register_caches() -> Iterable[CacheDescriptor]:
+    return [
+        CacheDescriptor(
+            name="paged",
+            factory="gr_kernels.cache.paged:PagedCache",
+            summary="K and V of histories in blocks, shared by prefix; options: file, file_bytes",
+            kinds=("user_kv",),
+            tiers=("memory", "file"),
         )
     ]

@@ -15,6 +15,7 @@ A case that cannot hold is left out by its name with a reason, ``skip = {"one_it
 overriding a case is refused. The kit needs the extra ``gr-core[testing]``.
 """
 
+from gr_core.testing.block_caches import BlockCacheSuite
 from gr_core.testing.caches import CacheSuite
 from gr_core.testing.engines import EngineSuite
 from gr_core.testing.exporters import ExporterSuite
@@ -25,6 +26,7 @@ from gr_core.testing.servers import Client, ServerSuite
 from gr_core.testing.suite import Suite, installed
 
 __all__ = [
+    "BlockCacheSuite",
     "CacheSuite",
     "Client",
     "EngineSuite",
