@@ -117,9 +117,11 @@ class Lines:
         await asyncio.sleep(self.drain_s)
 
     async def client(self, reader, writer):
+        import gc
         from gr_core.json_requests import answer_as_dict, request_of
         answer = await self.pipeline.recommend(request_of(json.loads(await reader.readline())))
-        writer.write(json.dumps(answer_as_dict(answer)).encode() + b"\\n")
+        facts = {**answer_as_dict(answer), "frozen_objects": gc.get_freeze_count()}
+        writer.write(json.dumps(facts).encode() + b"\\n")
         await writer.drain()
         writer.close()
 '''
@@ -460,6 +462,7 @@ def test_serve_until_told_to_stop(served, number: signal.Signals):
         connection.sendall(b'{"history": {"item_ids": [1001], "timestamps_ms": [1]}}\n')
         answer = json.loads(connection.makefile().readline())
     assert len(answer["items"]) == 10
+    assert answer["frozen_objects"] > 10_000, "collecting garbage would stall requests"
     process.send_signal(number)
     assert process.wait(20) == 0
 

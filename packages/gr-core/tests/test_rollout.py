@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -109,6 +111,26 @@ def loaded(rollout: Rollout, model: str = "mean") -> list[str]:
 
 
 # ── A new version ─────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_retired_version_is_freed_without_garbage_collection(
+    running: Running, repository: ModelRepository
+) -> None:
+    """As `gr serve` takes what it loaded out of the collection, cycles would stay for ever."""
+    write_model(repository.path, version="2")
+    async with running() as rollout:
+        deployment = rollout.deployment("mean")
+        parts = [weakref.ref(part) for part in (deployment, deployment.model)]
+        del deployment
+        gc.collect()
+        gc.disable()
+        try:
+            repository.activate("mean", "2")
+            await rollout.follow()
+            assert active(rollout) == "2"
+            await until(lambda: all(part() is None for part in parts))
+        finally:
+            gc.enable()
 
 
 async def test_a_new_version_takes_over_under_load_without_a_failed_request(
