@@ -289,6 +289,14 @@ def test_the_longest_unused_goes_first_and_what_was_outgrown_before_it() -> None
     assert store.find(grown.handle, ADA)
 
 
+def test_what_is_extended_again_and_again_stays() -> None:
+    store = HistoryStore(2**20)
+    root = put(store, ADA, history(1))
+    for i in range(50):
+        put(store, ADA, history(i), store.find(root.handle, ADA))
+    assert store.statistics().entries == 4
+
+
 def test_one_user_cannot_fill_the_store() -> None:
     store = HistoryStore(2**20)
     bob = put(store, BOB, history(1))

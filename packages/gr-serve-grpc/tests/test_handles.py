@@ -263,6 +263,38 @@ async def test_violations_name_the_rows_of_the_caller(serve):
             await client.recommend(wrong)
 
 
+async def test_threads_may_share_a_client_and_its_memory(serve):
+    """Every thread has histories of its own of the same users, and the store holds but a few."""
+
+    def ask(client: Client, seed: int) -> None:
+        random = np.random.default_rng(seed)
+        past: dict[str, list[int]] = {}
+        for _ in range(40):
+            user = f"user {random.integers(4)}"
+            items = past.setdefault(user, [])
+            items += random.integers(1, 30, random.integers(0, 3)).tolist()
+            if random.random() < 0.2:
+                del items[:1]
+            assert best(client.recommend(asked(items, user=user))) == unseen(items)
+
+    async with serve(histories_bytes=8_000) as running:
+        with Client(running.address, handles=HistoryHandles(capacity=3)) as client:
+            await asyncio.gather(*(asyncio.to_thread(ask, client, seed) for seed in range(6)))
+        told = running.pipeline.cache_statistics()["histories"]
+        assert min(told.hits, told.misses, told.evictions) > 0
+        assert told.bytes <= 8_000
+
+
+async def test_many_requests_may_extend_one_history_at_once(serve):
+    async with serve() as running, AsyncClient(running.address) as client:
+        handle = (await client.recommend(asked([1, 2]))).history_handle
+        more = [asked([i], history_handle=handle) for i in range(3, 23)]
+        answers = await asyncio.gather(*(client.recommend(request) for request in more))
+        for i, answer in enumerate(answers, 3):
+            assert best(answer) == unseen([1, 2, i])
+        assert len({answer.history_handle for answer in answers}) == 20
+
+
 # ── Handles by hand ───────────────────────────────────────────────────────────────────────────
 
 
@@ -279,9 +311,11 @@ async def test_a_handle_may_be_sent_by_hand(serve, arrived):
         assert best(third) == [5, 4]
         assert third.stages[0].tokens == 3
         assert lengths(arrived) == [(2, False), (1, True), (0, True)]
-        # What the client remembers is not touched by it.
-        await client.recommend(asked([1, 2, 9]))
-        assert lengths(arrived) == [(1, True)]
+        # What the client remembers has no part in it, nor is changed by it.
+        twice = await client.recommend(asked([1, 2, 3], history_handle=first.history_handle))
+        assert twice.stages[0].tokens == 5
+        assert best(await client.recommend(asked([1, 2, 3, 9]))) == unseen([1, 2, 3, 9])
+        assert lengths(arrived) == [(3, True), (2, True)]
 
 
 @given(bit=st.integers(0, 24 * 8 - 1), cut=st.integers(0, 23))
@@ -533,19 +567,13 @@ def test_memory_of_the_client_is_bounded():
     assert len(handles) == 10
     assert handles.shortened(asked([1, 2], user="user 99")).history_handle == b"h"
     assert handles.shortened(asked([1, 2], user="user 0")).history_handle == b""
+    for i in range(90, 100):  # the first of them was used last
+        handles.shortened(asked([1, 2], user=f"user {189 - i}"))
+    handles.learn(asked([1], user="one more"), b"h")
+    assert handles.shortened(asked([1, 2], user="user 90")).history_handle == b"h"
+    assert handles.shortened(asked([1, 2], user="user 99")).history_handle == b""
     with pytest.raises(ValueError, match="capacity: 0"):
         HistoryHandles(0)
-
-
-def test_a_newer_handle_is_not_forgotten_for_an_older_one():
-    handles = HistoryHandles()
-    handles.learn(asked([1]), b"old")
-    sent = handles.shortened(asked([1, 2]))
-    handles.learn(asked([1, 2]), b"new")
-    handles.forget(sent)
-    assert handles.shortened(asked([1, 2, 3])).history_handle == b"new"
-    handles.forget(replace(sent, history_handle=b"new"))
-    assert len(handles) == 0
 
 
 # ── Beside it ─────────────────────────────────────────────────────────────────────────────────

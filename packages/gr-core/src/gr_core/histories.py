@@ -87,7 +87,8 @@ class HistoryStore:
         self._secret = secrets.token_bytes(32)
         self._entries: OrderedDict[bytes, StoredHistory] = OrderedDict()
         """From what goes first to what goes last, as are the handles of each user."""
-        self._by_user: dict[str, OrderedDict[bytes, None]] = {}
+        self._by_user: dict[str, OrderedDict[bytes, bool]] = {}
+        """With whether it was extended already."""
         self._drops = 0
         self._bytes = self._hits = self._misses = self._evictions = 0
 
@@ -128,19 +129,21 @@ class HistoryStore:
         )
 
     def keep(self, entry: StoredHistory, extends: StoredHistory | None, drops: int) -> bytes:
-        """Stores a history and returns its handle; empty if it could not be stored.
+        """Stores a history and returns its handle; empty if it was not stored.
 
-        What it ``extends`` is the first to go from now on: it only serves those who ask twice.
-        ``drops`` is what `drops` was when the request began: where users were dropped since, it
-        is not stored, because its user may be one of them.
+        What it ``extends`` is the first to go from now on, unless that is extended more than once:
+        it serves those who ask twice. ``drops`` is what `drops` was when the request began: where
+        users were dropped since, nothing is stored, because this may be one of them.
         """
         if drops != self._drops or entry.size > self._capacity:
             return b""
-        if extends is not None and extends.handle in self._entries:
-            self._move(extends, last=extends is entry)
+        if extends is not None and extends is not entry and extends.handle in self._entries:
+            handles = self._by_user[extends.owner.user_id]
+            self._move(extends, last=handles[extends.handle])
+            handles[extends.handle] = True
         if entry.handle not in self._entries:
             self._entries[entry.handle] = entry
-            self._by_user.setdefault(entry.owner.user_id, OrderedDict())[entry.handle] = None
+            self._by_user.setdefault(entry.owner.user_id, OrderedDict())[entry.handle] = False
             self._bytes += entry.size
             self._make_room(entry)
         else:

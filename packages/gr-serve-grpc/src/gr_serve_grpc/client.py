@@ -212,14 +212,6 @@ class _Common:
     def _shortened(self, request: RecommendRequest) -> RecommendRequest:
         return request if self._handles is None else self._handles.shortened(request)
 
-    def _check_resend(
-        self, request: RecommendRequest, sent: RecommendRequest, error: GrError
-    ) -> None:
-        """Raises the error, unless the request was shortened and it calls for the whole."""
-        if self._handles is None or sent is request or not calls_for_the_whole(error):
-            raise error
-        self._handles.forget(sent)
-
     def _learned(self, request: RecommendRequest, message: Any) -> Recommendation:
         answer = recommendation_from_message(message)
         if self._handles is not None:
@@ -266,7 +258,8 @@ class Client(_Common):
         try:
             message = self._call(method, message_from_request(sent), deadline)
         except GrError as error:
-            self._check_resend(request, sent, error)
+            if sent is request or not calls_for_the_whole(error):
+                raise
             message = self._call(method, message_from_request(request), deadline)
         return self._learned(request, message)
 
@@ -388,7 +381,8 @@ class AsyncClient(_Common):
         try:
             message = await self._call(method, message_from_request(sent), deadline)
         except GrError as error:
-            self._check_resend(request, sent, error)
+            if sent is request or not calls_for_the_whole(error):
+                raise
             message = await self._call(method, message_from_request(request), deadline)
         return self._learned(request, message)
 

@@ -77,14 +77,6 @@ class HistoryHandles:
             if len(self._known) > self._capacity:
                 self._known.popitem(last=False)
 
-    def forget(self, request: RecommendRequest) -> None:
-        """Forgets the handle of a request as it was sent, unless there is a newer one."""
-        key = _key(request)
-        with self._lock:
-            known = self._known.get(key)
-            if known is not None and known.handle == request.history_handle:
-                del self._known[key]
-
 
 def calls_for_the_whole(error: GrError) -> bool:
     """Whether a request that was sent with a handle is to be sent again with its whole history.

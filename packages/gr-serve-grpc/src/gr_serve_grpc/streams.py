@@ -80,8 +80,6 @@ class Unanswered:
         if message.WhichOneof("result") == "error":
             error = error_of(message.error)
             if this is not None and this.is_short and calls_for_the_whole(error):
-                assert self.handles is not None
-                self.handles.forget(this.sent)
                 self.again.append(self._send(replace(this, sent=this.request)))
                 return None
             return StreamAnswer(message.request_id, error=error)
