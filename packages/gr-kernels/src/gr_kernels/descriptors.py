@@ -45,3 +45,6 @@ KERNELS = (
         probe=probe_torch,
     ),
 )
+
+NATIVE: frozenset[str] = frozenset()
+"""Names of those in C++, which know instruction sets."""

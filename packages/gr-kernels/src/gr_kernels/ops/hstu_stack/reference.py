@@ -42,8 +42,15 @@ class TorchStack:
     W) numbers: layer after layer, the rows of K and V of its tokens.
     """
 
-    def __init__(self, stack: Stack, dtype: str = "float32") -> None:
-        """Raises `ValueError` for a dtype that is none of `DTYPES`."""
+    def __init__(
+        self, stack: Stack, dtype: str = "float32", *, threads: int = 1, isa: str = "torch"
+    ) -> None:
+        """Raises `ValueError` for a dtype that is none of `DTYPES`.
+
+        torch has one number of threads for the whole process and an instruction set of its own
+        choice, so ``threads`` and ``isa`` change nothing.
+        """
+        del threads, isa
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
         self._dtype = DTYPES[dtype]
