@@ -164,7 +164,7 @@ def test_mtgr() -> None:
     stability = prefix_stability(config)
     assert (stability.reusable, stability.depends_on) == (
         "unchanged",
-        ("user_features", "context_features"),
+        ("user_features", "context_features", "realtime_counts"),
     )
     recorded = Recorded(config)
     inputs = inputs_of(config)

@@ -40,7 +40,6 @@ from gr_hstu.modules.masks import (
     mtgr_history_tokens,
     mtgr_mask,
 )
-
 from gr_hstu.testing import CASES, CONFIGS, a_request, encode, load, random_module, write
 
 Config = HSTUConfig | MTGRConfig

@@ -17,9 +17,10 @@ def prefix_stability(config: HSTUConfig | MTGRConfig) -> PrefixStability:
         return PrefixStability(
             "unchanged",
             0,
-            tuple(depends_on),
-            "U and S attend to all of U and S, and never to R or candidates; "
-            "appending to S changes all of it",
+            (*depends_on, "realtime_counts"),
+            "U and S attend to all of U and S, and never to R or candidates: while they are the "
+            "same, R may grow and all K and V stay; a change of U or S, or a behaviour that passes "
+            "from R to S, changes all",
         )
     if config.variant == "research":
         if config.attention_activation == "softmax":
@@ -42,7 +43,10 @@ def prefix_stability(config: HSTUConfig | MTGRConfig) -> PrefixStability:
     elif config.position_buckets and config.position_from == "end":
         reason = "positions are counted from the end of the history"
     elif "request_time" in depends_on:
-        reason = "time embeddings are relative to the request"
+        reason = (
+            "time embeddings are relative to the request; what is older than the first behaviour "
+            "whose bucket of time changed stays, also when behaviours are appended"
+        )
     else:
         return PrefixStability(
             "growing",

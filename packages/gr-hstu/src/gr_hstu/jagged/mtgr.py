@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gr_core.contracts import EncodedRequest
@@ -109,18 +110,27 @@ class JaggedMTGR:
         features = jagged_rows.prefix_rows(sequences, starts, prefix)
         if features is not None:
             ids_BP, wanted, _ = features
-            tokens_TD = self._filled_up(self._features, ids_BP).flatten(0, 1)
+            tokens_TD = self._users_of(ids_BP).flatten(0, 1)
             parts.append(tokens_TD if wanted is None else tokens_TD[wanted])
 
         ids, places = jagged_rows.new_ids(sequences, [max(start, prefix) for start in starts])
+        ids_LW = jagged_rows.by_column(ids)
         counts = candidate_counts(requests)
+        # One look-up for behaviours and candidates.
+        items = torch.cat([ids_LW[:, 0], joined(requests, "candidate_items")])
+        item_content = module.item_content(items)
         contents = []
         if len(ids):
-            contents.append(self._filled_up(self._behaviours, torch.from_numpy(ids)))
+            signals_LG = ids_LW[:, 1 : self._time_column]
+            inputs = module.behaviours(item_content[: len(ids)], signals_LG)
+            contents.append(self._filled_up(module.behaviour_mlp, inputs))
         if sum(counts):
-            contents.append(
-                self._filled_up(self._candidates, *self._candidate_ids(requests, counts))
-            )
+            crosses_CG = joined(requests, "candidate_features")
+            contexts_CG = None
+            if module.config.context_placement == "candidate":
+                contexts_CG = jagged_rows.for_each_candidate(requests, "context_features", counts)
+            inputs = module.candidates(item_content[len(ids) :], crosses_CG, contexts_CG)
+            contents.append(self._filled_up(module.candidate_mlp, inputs))
         if contents:
             # Position 0 is the candidates', those of behaviours count from 1, after U.
             positions = np.concatenate([places + (1 - prefix), np.zeros(sum(counts), np.int32)])
@@ -134,36 +144,20 @@ class JaggedMTGR:
         order = jagged_rows.request_by_request(sequences, starts, prefix)
         return x_TD if order is None else x_TD[order]
 
-    def _filled_up(self, compute: Callable[..., Tensor], *ids: Tensor) -> Tensor:
-        """``compute(*ids)``, where a row gives the same bits alone and among any others."""
-        count = len(ids[0])
+    def _users_of(self, ids_BP: Tensor) -> Tensor:
+        """Tokens of U (B, P, D)."""
+        module = self._module
+        features = module.features(ids_BP[:, : self._users], ids_BP[:, self._users :])
+        projected = map(self._filled_up, module.user_projections, features)
+        return torch.stack(list(projected), dim=1)
+
+    def _filled_up(self, compute: Callable[[Tensor], Tensor], x_RE: Tensor) -> Tensor:
+        """``compute(x_RE)``, where a row gives the same bits alone and among any others."""
+        count = len(x_RE)
         rows = max(_FEWEST_ROWS, -(-count // self._rows_step) * self._rows_step)
         if rows == count:
-            return compute(*ids)
-        filled = [part.new_zeros(rows, *part.shape[1:]) for part in ids]
-        for more, part in zip(filled, ids, strict=True):
-            more[:count] = part
-        return compute(*filled)[:count]
-
-    def _features(self, ids_BP: Tensor) -> Tensor:
-        features = self._module.features(ids_BP[:, : self._users], ids_BP[:, self._users :])
-        return torch.stack(features, dim=1)
-
-    def _behaviours(self, ids_TW: Tensor) -> Tensor:
-        return self._module.behaviours(ids_TW[:, 0], ids_TW[:, 1 : self._time_column])
-
-    def _candidates(
-        self, items_C: Tensor, crosses_CG: Tensor, contexts_CG: Tensor | None = None
-    ) -> Tensor:
-        return self._module.candidates(items_C, crosses_CG, contexts_CG)
-
-    def _candidate_ids(
-        self, requests: Sequence[EncodedRequest], counts: Sequence[int]
-    ) -> tuple[Tensor, ...]:
-        ids = joined(requests, "candidate_items"), joined(requests, "candidate_features")
-        if self._module.config.context_placement != "candidate":
-            return ids
-        return *ids, jagged_rows.for_each_candidate(requests, "context_features", counts)
+            return compute(x_RE)
+        return compute(F.pad(x_RE, (0, 0, 0, rows - count)))[:count]
 
     def _buckets(
         self, ids_TW: Int32Array, requests: Sequence[EncodedRequest], counts: Sequence[int]

@@ -121,15 +121,20 @@ class JaggedRanking:
             buckets.append(np.full(len(prefix_places), self._never))
 
         ids, places = jagged_rows.new_ids(sequences, [max(start, prefix) for start in starts])
-        ids_TW = torch.from_numpy(ids)
-        contents.append(module.behaviours(ids_TW[:, 0], ids_TW[:, 1 : self._time_column]))
+        ids_LW = jagged_rows.by_column(ids)
+        # One look-up for behaviours and candidates.
+        items = torch.cat([ids_LW[:, 0], joined(requests, "candidate_items")])
+        item_content = module.item_content(items)
+        signals_LG = ids_LW[:, 1 : self._time_column]
+        contents.append(module.behaviours(item_content[: len(ids)], signals_LG))
         # Row `prefix` of the position table is the candidates'.
         positions.append(ids[:, -1] if self._from_end else places + 1)
         if self._timed:
             buckets.append(ids[:, self._time_column])
 
         counts = candidate_counts(requests)
-        candidates_CD = self._candidates(requests)
+        crosses_CG = joined(requests, "candidate_features")
+        candidates_CD = module.candidates(item_content[len(ids) :], crosses_CG)
         context_CG = None
         if module.config.context_placement == "candidate":
             context_CG = jagged_rows.for_each_candidate(requests, "context_features", counts)
@@ -145,11 +150,6 @@ class JaggedRanking:
         )
         order = jagged_rows.request_by_request(sequences, starts, prefix)
         return x_TD if order is None else x_TD[order]
-
-    def _candidates(self, requests: Sequence[EncodedRequest]) -> Tensor:
-        return self._module.candidates(
-            joined(requests, "candidate_items"), joined(requests, "candidate_features")
-        )
 
     def _candidate_buckets(
         self, requests: Sequence[EncodedRequest], counts: Sequence[int]
@@ -167,5 +167,9 @@ class JaggedRanking:
     ) -> Sequence[Tensor]:
         counts = candidate_counts(requests)
         encoded_CD = jagged_rows.answering_rows(rows, counts)
-        logits_CO = self._module.logits(encoded_CD, self._candidates(requests))
+        candidates_CD = self._module.candidates(
+            self._module.item_content(joined(requests, "candidate_items")),
+            joined(requests, "candidate_features"),
+        )
+        logits_CO = self._module.logits(encoded_CD, candidates_CD)
         return logits_CO.split_with_sizes(counts)

@@ -15,7 +15,7 @@ from gr_core.contracts import EncodedRequest
 from gr_core.stack import TokenSequence
 from gr_core.types import Task
 from gr_hstu.jagged.intervals import hstu_intervals
-from gr_hstu.jagged.rows import candidate_counts, joined, new_ids, to_content
+from gr_hstu.jagged.rows import by_column, candidate_counts, joined, new_ids, to_content
 from gr_hstu.models import HSTURetrieval
 
 
@@ -69,7 +69,7 @@ class JaggedRetrieval:
         starts: Sequence[int],
     ) -> Tensor:
         ids, places = new_ids(sequences, starts)
-        ids_TW = torch.from_numpy(ids)
+        ids_TW = by_column(ids)
         return self._module.placed(
             ids_TW[:, 0], ids_TW[:, 1 : 1 + self._signals], torch.from_numpy(places)
         )

@@ -192,15 +192,20 @@ class MTGR(nn.Module):
         # Position 0 is the candidates'.
         position_L = 1 + torch.arange(items_BL.shape[1], device=items_BL.device)
         x_BLD = self.position_time(
-            self.behaviours(items_BL, signals_BLG),
+            self.behaviour_mlp(self.behaviours(self.item_content(items_BL), signals_BLG)),
             position_L.expand_as(items_BL),
             self.position_time.buckets(since_previous(timestamps_BL)),
         )
         tokens = mtgr_history_tokens(
             self.config.num_prefix_tokens, timestamps_BL, lengths_B, realtime_counts_B
         )
-        features = self.features(user_BG, context_BG)
-        return torch.cat([*(f[:, None] for f in features), x_BLD], dim=1), tokens
+        users = [
+            project(feature)[:, None]
+            for project, feature in zip(
+                self.user_projections, self.features(user_BG, context_BG), strict=True
+            )
+        ]
+        return torch.cat([*users, x_BLD], dim=1), tokens
 
     def _candidates(
         self,
@@ -212,48 +217,41 @@ class MTGR(nn.Module):
     ) -> Tensor:
         """Input of the candidates' tokens (B, C, D)."""
         elapsed_B1 = (request_time_B - last_timestamp_B)[:, None]
+        content_BCE = self.item_content(items_BC)
+        contexts = context_BG[:, None] if context_BG is not None else None
         encoded_BCD: Tensor = self.position_time(
-            self.candidates(
-                items_BC, crosses_BCG, context_BG[:, None] if context_BG is not None else None
-            ),
+            self.candidate_mlp(self.candidates(content_BCE, crosses_BCG, contexts)),
             torch.zeros_like(items_BC),
             self.position_time.buckets(elapsed_B1.expand_as(items_BC)),
         )
         return encoded_BCD
 
     def features(self, user: Tensor | None, context: Tensor | None) -> list[Tensor]:
-        """Tokens of U, each (..., D), from feature ids (..., G)."""
+        """What the projections of U take, each (..., E), from feature ids (..., G)."""
         features = self.users(user) if user is not None else []
         if self.config.context_placement == "prefix" and context is not None:
             features = features + self.contexts(context)
-        return [
-            project(feature)
-            for project, feature in zip(self.user_projections, features, strict=True)
-        ]
+        return features
 
-    def behaviours(self, items: Tensor, signals: Tensor | None) -> Tensor:
-        """Content of S and R (..., D) from items (...) and signals (..., G)."""
-        signal_embeddings = self.signals(signals) if signals is not None else []
-        content: Tensor = self.behaviour_mlp(
-            torch.cat([*self._item_content(items), *signal_embeddings], dim=-1)
-        )
-        return content
+    def item_content(self, items: Tensor) -> Tensor:
+        """Items (...) with their side features, (..., columns · E)."""
+        side = self.item_side(self.item_features[items]) if len(self.item_side) else []
+        return torch.cat([self.items(items), *side], dim=-1)
 
-    def candidates(self, items: Tensor, crosses: Tensor | None, context: Tensor | None) -> Tensor:
-        """Content of candidates (..., D) from items (...), cross features (..., G) and contexts,
-        whose ids (..., G) are broadcast."""
+    def behaviours(self, item_content: Tensor, signals: Tensor | None) -> Tensor:
+        """What the MLP of S and R takes; signals are ids (..., G)."""
+        embeddings = self.signals(signals) if signals is not None else []
+        return torch.cat([item_content, *embeddings], dim=-1)
+
+    def candidates(
+        self, item_content: Tensor, crosses: Tensor | None, context: Tensor | None
+    ) -> Tensor:
+        """What the MLP of candidates takes; ids (..., G), of contexts they are broadcast."""
         embeddings = self.crosses(crosses) if crosses is not None else []
         if self.config.context_placement == "candidate" and context is not None:
-            shape = (*items.shape, -1)
+            shape = (*item_content.shape[:-1], -1)
             embeddings = embeddings + [c.expand(shape) for c in self.contexts(context)]
-        content: Tensor = self.candidate_mlp(
-            torch.cat([*self._item_content(items), *embeddings], dim=-1)
-        )
-        return content
-
-    def _item_content(self, items: Tensor) -> list[Tensor]:
-        side = self.item_side(self.item_features[items]) if len(self.item_side) else []
-        return [self.items(items), *side]
+        return torch.cat([item_content, *embeddings], dim=-1)
 
     def _logits(self, encoded_BCD: Tensor, targets: MTGRTokens) -> Tensor:
         logits_BCO: Tensor = self.heads(encoded_BCD)

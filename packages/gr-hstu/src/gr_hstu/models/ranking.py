@@ -199,7 +199,7 @@ class HSTURanking(nn.Module):
         config = self.config
         prefix = config.num_prefix_tokens
         features = self.features(user_BG, context_BG)
-        behaviours_BLD = self.behaviours(items_BL, signals_BLG)
+        behaviours_BLD = self.behaviours(self.item_content(items_BL), signals_BLG)
         x_BSD = torch.cat([*(f[:, None] for f in features), behaviours_BLD], dim=1)
 
         length = items_BL.shape[1]
@@ -234,7 +234,7 @@ class HSTURanking(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Input of the candidates' tokens, and of the item MLP, both (B, C, D)."""
         config = self.config
-        item_BCD = self.candidates(items_BC, crosses_BCG)
+        item_BCD = self.candidates(self.item_content(items_BC), crosses_BCG)
         elapsed_B = torch.zeros_like(request_time_B)
         if config.time_from == "previous":
             elapsed_B = request_time_B - last_timestamp_B
@@ -252,15 +252,18 @@ class HSTURanking(nn.Module):
             features = features + self.contexts(context)
         return features
 
-    def behaviours(self, items: Tensor, signals: Tensor | None) -> Tensor:
-        """Content of behaviours (..., D) from items (...) and signals (..., G)."""
-        signal_embeddings = self.signals(signals) if signals is not None else []
-        return sum_embeddings(signal_embeddings, self._item_content(items))
+    def item_content(self, items: Tensor) -> Tensor:
+        """Items (...) with their side features, (..., D)."""
+        side = self.item_side(self.item_features[items]) if len(self.item_side) else []
+        return sum_embeddings(side, self.items(items))
 
-    def candidates(self, items: Tensor, crosses: Tensor | None) -> Tensor:
-        """What is known of candidates (..., D), from items (...) and cross features (..., G)."""
-        cross_embeddings = self.crosses(crosses) if crosses is not None else []
-        return sum_embeddings(cross_embeddings, self._item_content(items))
+    def behaviours(self, item_content: Tensor, signals: Tensor | None) -> Tensor:
+        """Content of behaviours (..., D); signals are ids (..., G)."""
+        return sum_embeddings(self.signals(signals) if signals is not None else [], item_content)
+
+    def candidates(self, item_content: Tensor, crosses: Tensor | None) -> Tensor:
+        """What is known of candidates (..., D); cross features are ids (..., G)."""
+        return sum_embeddings(self.crosses(crosses) if crosses is not None else [], item_content)
 
     def targets(self, candidates: Tensor, context: Tensor | None) -> Tensor:
         """Content of the candidates' tokens (..., D); ids (..., G) of contexts are broadcast."""
@@ -280,10 +283,6 @@ class HSTURanking(nn.Module):
         """(..., O) from the stack's output for `targets`, and `candidates`, both (..., D)."""
         logits: Tensor = self.heads(self.output_norm(encoded) * self.item_mlp(candidates))
         return logits
-
-    def _item_content(self, items: Tensor) -> Tensor:
-        side = self.item_side(self.item_features[items]) if len(self.item_side) else []
-        return sum_embeddings(side, self.items(items))
 
     def _candidate_tokens(
         self, items_BC: Tensor, counts_B: Tensor, lengths_B: Tensor
