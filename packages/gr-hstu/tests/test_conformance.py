@@ -9,7 +9,7 @@ import pytest
 from gr_core.repository import Bundle
 from gr_core.testing import EngineSuite, ModelSuite, PluginSuite
 
-from .bundles import KINDS, write
+from gr_hstu.testing import KINDS, write
 
 
 @pytest.fixture(params=KINDS)

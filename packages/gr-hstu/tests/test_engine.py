@@ -21,7 +21,7 @@ from gr_hstu import engine as engine_module
 from gr_hstu.engine import TorchEngine
 from gr_hstu.model import HSTUModel
 
-from .bundles import (
+from gr_hstu.testing import (
     CASES,
     CONFIGS,
     IDS,

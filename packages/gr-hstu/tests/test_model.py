@@ -25,7 +25,7 @@ from gr_hstu.features import FeatureSchema
 from gr_hstu.model import HSTUModel
 from gr_hstu.training.batches import HistoryEncoder
 
-from .bundles import (
+from gr_hstu.testing import (
     CASES,
     CONFIGS,
     FULL_SCHEMA,

@@ -26,7 +26,7 @@ from gr_core.repository import ModelRepository
 from gr_hstu import plugin
 from gr_hstu.model import HSTUModel
 
-from .bundles import IDS, ITEMS, KINDS, NOW_MS, a_request, load, write
+from gr_hstu.testing import IDS, ITEMS, KINDS, NOW_MS, a_request, load, write
 
 DEMO = PipelineSpec("demo", retrieve="research", rank="mtgr", retrieve_k=20, default=True)
 TOLERANCE = 1e-5

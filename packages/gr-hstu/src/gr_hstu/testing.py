@@ -1,4 +1,7 @@
-"""Small bundles with random weights, large enough that a leak shows well above the tolerance."""
+"""Small bundles with random weights, to test engines and exporters with: every kind of model.
+
+The weights are large enough that a leak between tokens shows well above any tolerance.
+"""
 
 from __future__ import annotations
 
