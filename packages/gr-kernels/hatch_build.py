@@ -121,11 +121,11 @@ def _run(command: list[str], failure: str) -> None:
 
 
 def _telling_line(output: str) -> str:
-    """The first error of a compiler or of CMake, which writes it into the line after."""
+    """The first error of a compiler or of CMake, which may write it into the line after."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     for line, following in zip(lines, [*lines[1:], ""], strict=True):
-        if line.startswith("CMake Error"):
+        if line.startswith("CMake Error at"):
             return following
-        if "error:" in line:
+        if "error:" in line.lower():
             return line
     return "see the build's output"
