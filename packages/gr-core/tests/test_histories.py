@@ -289,6 +289,26 @@ def test_the_longest_unused_goes_first_and_what_was_outgrown_before_it() -> None
     assert store.find(grown.handle, ADA)
 
 
+def test_asking_again_is_use() -> None:
+    size = HistoryStore(2**20).extended(ADA, history(1)).size
+    store, eve = HistoryStore(3 * size + 500), Owner.of("eve", [("m", "1")])
+    root = put(store, ADA, history(1))
+    put(store, ADA, history(), root)  # nothing new, which extends nothing
+    bob = put(store, BOB, history(1))
+    grown = put(store, ADA, history(2), root)
+    put(store, eve, history(1))
+    with pytest.raises(UnknownHistory):
+        store.find(root.handle, ADA)
+    # The same extension once more, by a request that began before its root was gone.
+    store.find(bob.handle, BOB)
+    store.keep(store.extended(ADA, history(2), root), root, store.drops)
+    for i in range(2):
+        put(store, eve, history(10 + i))
+    assert store.find(grown.handle, ADA)
+    with pytest.raises(UnknownHistory):
+        store.find(bob.handle, BOB)
+
+
 def test_what_is_extended_again_and_again_stays() -> None:
     store = HistoryStore(2**20)
     root = put(store, ADA, history(1))

@@ -133,14 +133,9 @@ class Outgoing:
             raise StopIteration
 
     def _has_something_to_say(self) -> bool:
-        if self._ended and self._next is None:
-            return bool(
-                self._closed
-                or self._failure
-                or self._unanswered.again
-                or not self._unanswered.may_send_again()
-            )
-        return bool(self._closed or self._unanswered.again or self._next is not None)
+        if self._closed or self._unanswered.again or self._next is not None:
+            return True
+        return self._ended and not self._unanswered.may_send_again()
 
     def answer(self, message: pb.RecommendStreamResponse) -> StreamAnswer | None:
         with self._changed:
