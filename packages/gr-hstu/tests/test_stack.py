@@ -630,6 +630,29 @@ def test_a_history_that_grew_hits(config: Config, expected: int) -> None:
     assert shared(one, other) == expected
 
 
+@given(
+    pair=st.integers(1, 6).flatmap(
+        lambda n: st.tuples(*[st.lists(st.integers(0, 3), min_size=n, max_size=n).map(sorted)] * 2)
+    ),
+    timed=st.booleans(),
+)
+def test_mtgr_tells_times_in_r_apart(pair: tuple[list[int], list[int]], timed: bool) -> None:
+    """By their order alone: which tokens of R a token sees, not how much earlier they are."""
+    opened = Opened(mtgr(time_buckets=9 if timed else 0))
+    first = opened.request(np.random.default_rng(0), (len(pair[0]) + 2, 1, len(pair[0])))
+    kept = []
+    for times in pair:
+        all_times = np.array([0, 0, *times]) + 1_700_000_000
+        arrays = {**first.arrays, "history_timestamps": all_times}
+        kept.append(opened.kept(dataclasses.replace(first, arrays=arrays)))
+    (one, _, kv_one), (other, _, kv_other) = kept
+    count = shared(one, other)
+    torch.testing.assert_close(kv_one[:count], kv_other[:count], rtol=0, atol=1e-11)
+    ties = [[i > 0 and t == times[i - 1] for i, t in enumerate(times)] for times in pair]
+    same = next((i for i, (a, b) in enumerate(zip(*ties, strict=True)) if a != b), len(pair[0]))
+    assert count == 3 + 2 + same
+
+
 def test_mtgr_shares_nothing_when_s_or_u_changed() -> None:
     opened = Opened(mtgr(context_placement="candidate"))
     first = opened.request(np.random.default_rng(0), (9, 2, 4))
