@@ -27,7 +27,7 @@ from gr_core.contracts import EncodedRequest
 from gr_core.errors import PlanError
 from gr_core.stack import LayerWeights, Stack, StackModel, TokenSequence
 from gr_hstu.config import HSTUConfig, MTGRConfig
-from gr_hstu.jagged import Jagged, jagged, stack_of
+from gr_hstu.jagged import Jagged, jagged, ranking, stack_of
 from gr_hstu.jagged.intervals import hstu_intervals, mtgr_intervals
 from gr_hstu.models import HSTURetrieval
 from gr_hstu.modules.masks import (
@@ -336,6 +336,29 @@ def test_what_the_module_gives(
     requests = [opened.request(rng, size) for size in sizes]
     found = answers(opened.jagged, opened.stack, opened.task, requests)
     assert len(found) == len(requests)
+    for answer, request in zip(found, requests, strict=True):
+        close(answer, opened.expected(request))
+
+
+@pytest.mark.parametrize(
+    ("crosses", "bound", "kept"), [((), 1 << 20, True), ((), 0, False), ((3,), 1 << 20, False)]
+)
+def test_the_item_mlp_runs_once_for_each_item_where_it_may(
+    monkeypatch: pytest.MonkeyPatch, crosses: tuple[int, ...], bound: int, kept: bool
+) -> None:
+    monkeypatch.setattr(ranking, "MAX_ITEM_TABLE_BYTES", bound)
+    monkeypatch.setattr(ranking, "_ITEMS_AT_ONCE", 5)
+    config = dataclasses.replace(
+        CONFIGS["ranking"], num_items=ITEMS, candidate_cardinalities=crosses
+    )
+    opened = Opened(config)
+    rng = np.random.default_rng(0)
+    requests = [opened.request(rng, (6, candidates, 0)) for candidates in (4, 0, 9)]
+    calls: list[int] = []
+    answers(opened.jagged, opened.stack, opened.task, requests)
+    opened.module.item_mlp.register_forward_hook(lambda *_: calls.append(1))
+    found = answers(opened.jagged, opened.stack, opened.task, requests)
+    assert (not calls) is kept
     for answer, request in zip(found, requests, strict=True):
         close(answer, opened.expected(request))
 

@@ -7,6 +7,7 @@ batch, C candidates of a batch, D model width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,10 @@ from gr_hstu.jagged.intervals import Int32Array, hstu_intervals
 from gr_hstu.jagged.rows import candidate_counts, joined
 from gr_hstu.models import HSTURanking
 from gr_hstu.modules.embeddings import NEVER
+
+MAX_ITEM_TABLE_BYTES = 256 * 2**20
+"""Of what the item MLP makes of all items, which is most of what the outputs cost."""
+_ITEMS_AT_ONCE = 4096
 
 
 class JaggedRanking:
@@ -167,9 +172,34 @@ class JaggedRanking:
     ) -> Sequence[Tensor]:
         counts = candidate_counts(requests)
         encoded_CD = jagged_rows.answering_rows(rows, counts)
-        candidates_CD = self._module.candidates(
-            self._module.item_content(joined(requests, "candidate_items")),
-            joined(requests, "candidate_features"),
-        )
-        logits_CO = self._module.logits(encoded_CD, candidates_CD)
+        logits_CO = self._module.logits(encoded_CD, self._item_outputs(requests))
         return logits_CO.split_with_sizes(counts)
+
+    def _item_outputs(self, requests: Sequence[EncodedRequest]) -> Tensor:
+        """What the item MLP makes of the candidates, (C, D)."""
+        module, items_C = self._module, joined(requests, "candidate_items")
+        if self._item_table is not None:
+            return self._item_table[items_C]
+        crosses_CG = joined(requests, "candidate_features")
+        item_CD: Tensor = module.item_mlp(
+            module.candidates(module.item_content(items_C), crosses_CG)
+        )
+        return item_CD
+
+    @cached_property
+    def _item_table(self) -> Tensor | None:
+        """What the item MLP makes of each item, (items + 1, D).
+
+        None where that depends on the request too, or would be too large.
+        """
+        module, config = self._module, self._module.config
+        rows = config.num_items + 1
+        if len(module.crosses) or 4 * rows * config.d_model > MAX_ITEM_TABLE_BYTES:
+            return None
+        table_ID = torch.empty(rows, config.d_model)
+        with torch.inference_mode():
+            for start in range(0, rows, _ITEMS_AT_ONCE):
+                items = torch.arange(start, min(start + _ITEMS_AT_ONCE, rows))
+                content = module.candidates(module.item_content(items), None)
+                table_ID[start : start + len(items)] = module.item_mlp(content)
+        return table_ID

@@ -279,9 +279,9 @@ class HSTURanking(nn.Module):
         )
         return encoded
 
-    def logits(self, encoded: Tensor, candidates: Tensor) -> Tensor:
-        """(..., O) from the stack's output for `targets`, and `candidates`, both (..., D)."""
-        logits: Tensor = self.heads(self.output_norm(encoded) * self.item_mlp(candidates))
+    def logits(self, encoded: Tensor, item: Tensor) -> Tensor:
+        """(..., O) from the stack's output for `targets`, and the item MLP's for `candidates`."""
+        logits: Tensor = self.heads(self.output_norm(encoded) * item)
         return logits
 
     def _candidate_tokens(
@@ -304,5 +304,5 @@ class HSTURanking(nn.Module):
         )
 
     def _logits(self, encoded_BCD: Tensor, item_BCD: Tensor, targets: HSTUTokens) -> Tensor:
-        logits_BCO = self.logits(encoded_BCD, item_BCD)
+        logits_BCO = self.logits(encoded_BCD, self.item_mlp(item_BCD))
         return logits_BCO.masked_fill(~targets.valid_BT[..., None], 0.0)
