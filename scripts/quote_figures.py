@@ -1,10 +1,11 @@
-"""Renews the figures that README.md quotes from the files where they were written when measured.
+"""Renews the figures that pages quote from the files where they were written when measured.
 
     python scripts/quote_figures.py            renew them
     python scripts/quote_figures.py --check    change nothing; fail if one differs
 
 A table below ``<!-- quoted from FILE#HEADING -->`` has the header, and some of the rows, of a table
-in that section of the file. Its first columns, those of words, say which rows.
+in that section of the file. Its first columns, those of words, say which rows. A table below
+``<!-- quoted whole from FILE#HEADING -->`` is the first table of that section.
 """
 
 from __future__ import annotations
@@ -14,18 +15,25 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
-QUOTE = re.compile(r"(<!-- quoted from (\S+?)#(\S+) -->\n\n)((?:\|.*\n)+)")
+PAGES = ("README.md", "docs/performance.md")
+TABLE = r"(?:\|.*\n)+"
+QUOTE = re.compile(rf"(<!-- quoted (whole )?from (\S+?)#(\S+) -->\n\n)({TABLE})")
 
 
 def renewed(match: re.Match[str]) -> str:
-    marker, file, anchor, table = match.groups()
-    source = rows_by_words(section(ROOT / file, anchor))
+    marker, whole, file, anchor, table = match.groups()
+    text = section(ROOT / file, anchor)
+    if whole:
+        found = re.search(TABLE, text)
+        if found is None:
+            raise SystemExit(f"{file}#{anchor} has no table")
+        return marker + found[0]
+    source = rows_by_words(text)
     header, rule, *rows = table.splitlines()
     if gone := [row for row in (header, *rows) if words(row) not in source]:
-        raise SystemExit(f"README.md quotes from {file}#{anchor} what is not there: {gone[0]}")
-    found = [source[words(header)], rule, *(source[words(row)] for row in rows)]
-    return marker + "".join(row + "\n" for row in found)
+        raise SystemExit(f"{file}#{anchor} has not what is quoted from it: {gone[0]}")
+    lines = [source[words(header)], rule, *(source[words(row)] for row in rows)]
+    return marker + "".join(line + "\n" for line in lines)
 
 
 def section(file: Path, anchor: str) -> str:
@@ -49,14 +57,16 @@ def words(row: str) -> tuple[str, ...]:
 
 
 def main() -> int:
-    text = README.read_text(encoding="utf-8")
-    fresh = QUOTE.sub(renewed, text)
-    if "--check" in sys.argv[1:]:
-        if fresh != text:
-            print("README.md quotes old figures: run python scripts/quote_figures.py")
-        return int(fresh != text)
-    README.write_text(fresh, encoding="utf-8")
-    return 0
+    status = 0
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        fresh = QUOTE.sub(renewed, text)
+        if "--check" not in sys.argv[1:]:
+            (ROOT / page).write_text(fresh, encoding="utf-8")
+        elif fresh != text:
+            print(f"{page} quotes old figures: run python scripts/quote_figures.py")
+            status = 1
+    return status
 
 
 if __name__ == "__main__":

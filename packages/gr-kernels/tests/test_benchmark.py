@@ -200,6 +200,7 @@ def test_a_wrong_side_has_no_speed_up():
     assert wrong.wrong
     assert wrong.error == pytest.approx(0.1, rel=0.1)
     assert wrong.faster is None
+    assert wrong.withheld == "wrong-bf16 wrong"
     assert right.faster is not None
     assert right.faster > 0
 
@@ -212,6 +213,7 @@ def test_where_the_native_side_is_wrong_nothing_is_compared_with_it():
     assert native is not None
     assert native.wrong
     assert all(side.faster is None for side in result.sides)
+    assert {side.withheld for side in result.sides} == {"", "native-bf16 wrong"}
     assert [demand.met for demand in result.demands] == [None]
 
 

@@ -116,7 +116,7 @@ def _grid(
     points: Sequence[Point], settings: Settings, sides: Sequence[type[Side]], memory: bool
 ) -> Mapping[str, Sequence[PointResult]]:
     from gr_kernels.benchmark.measure import measure_point
-    from gr_kernels.benchmark.report import point_table
+    from gr_kernels.benchmark.report import GRID, point_table
 
     results = []
     steps = sum(1 + len(_at(point, sides)) for point in points) + (len(sides) if memory else 0)
@@ -127,7 +127,7 @@ def _grid(
             results.append(result)
         if memory:
             _add_memory(results, settings.threads, advance)
-    return {"grid": results}
+    return {GRID: results}
 
 
 def _at(point: Point, sides: Sequence[type[Side]]) -> Sequence[type[Side]]:
@@ -174,12 +174,18 @@ def _growth(settings: Settings, sides: Sequence[type[Side]]) -> Mapping[str, Seq
 
 
 def _print(report: Report) -> None:
-    from gr_kernels.benchmark.report import demands_table, times_table
+    from gr_kernels.benchmark import report as tables
 
-    print(report.conditions())
+    table(*report.machine_table())
     for name, points in report.series.items():
-        table(*times_table(points), title=f"\nCPU milliseconds ({name})")
-    if any(point.demands for point in report.points):
-        table(*demands_table(report.points), title="\nHow many times faster the native side is")
+        title = f"\n{name}: CPU milliseconds"
+        if name == tables.GRID:
+            table(*tables.times_table(points), title=title)
+            if any(point.demands for point in points):
+                title = "\nHow many times faster the native side is"
+                table(*tables.demands_table(points), title=title)
+        else:
+            table(*tables.growth_table(points), title=title)
+            table(*tables.doubling_table(points), title=f"\n{name}: times the point before")
     for reason in report.reasons():
         click.echo(f"not measured: {reason}", err=True)

@@ -44,6 +44,8 @@ def measure_growth(
         remaining = list(sides)
         measured[name] = []
         for point in points:
+            if not remaining:
+                break
             result = measure_point(point, remaining, settings, advance)
             measured[name].append(result)
             slow = {

@@ -51,8 +51,10 @@ class SideResult:
     compared_with: str = ""
     faster: float | None = None
     """How many times the native side of the same precision is faster: the median, within rounds,
-    of the ratio of processor times. None where either is wrong."""
+    of the ratio of processor times."""
     faster_quartiles: tuple[float, float] | None = None
+    withheld: str = ""
+    """Why that is not told, although both ran: one of the two is wrong."""
     peak_bytes: int | None = None
     cpu_s: list[float | None] = field(default_factory=list)
     """Of each round."""
@@ -197,8 +199,12 @@ def _summarize(result: SideResult, side: Side) -> None:
 
 
 def _compare(result: SideResult, native: SideResult | None) -> None:
-    """Fills in how many times the native side is faster, unless one of the two is wrong."""
-    if native is None or native is result or native.skipped or native.wrong or result.wrong:
+    """Fills in how many times the native side is faster, or why that is not told."""
+    if native is None or native is result or native.skipped:
+        return
+    wrong = [side.name for side in (result, native) if side.wrong]
+    if wrong:
+        result.withheld = f"{' and '.join(wrong)} wrong"
         return
     ratios = [
         theirs / ours

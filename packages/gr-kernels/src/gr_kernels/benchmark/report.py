@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,23 @@ from gr_kernels.benchmark.measure import Demand, PointResult, Settings, SideResu
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Names of columns, and rows."""
 
+GRID = "grid"
+"""The name of the series whose points have targets."""
+
 _NATIVE = "native-bf16"
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A run of the benchmark. ``series`` names the points' group, see `growth`; else ``grid``."""
+    """A run of the benchmark."""
 
     machine: Mapping[str, Any]
     gemm_gflops_per_s: Mapping[str, float]
     keeps_freed_memory: bool
     settings: Settings
     series: Mapping[str, Sequence[PointResult]]
+    """Points by what they have in common: `GRID`, or the series of `growth`."""
+    when: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     @property
     def points(self) -> Sequence[PointResult]:
@@ -42,7 +47,7 @@ class Report:
     def as_json(self) -> Mapping[str, Any]:
         return {
             "what": "HSTU layers: the native stack beside what else computes such layers",
-            "when": datetime.now(UTC).isoformat(timespec="seconds"),
+            "when": self.when,
             "machine": self.machine,
             "gemm_gflops_per_s": self.gemm_gflops_per_s,
             "keeps_freed_memory": self.keeps_freed_memory,
@@ -55,61 +60,99 @@ class Report:
 
     def as_markdown(self) -> str:
         """Sections that pages quote by their headings."""
-        sections = {
-            "Processor time": (
-                "Milliseconds of processor time, medians. The target is for a processor with AMX.",
-                times_table(self.points),
-            ),
-            "Speed-up": (
-                f"How many times {_NATIVE} is faster, beside what is demanded; the middle half of "
-                "the rounds in brackets.",
-                demands_table(self.points),
-            ),
-            "Against each side": (
-                "How many times the native side of the same precision is faster.",
-                grid_table(self.points, lambda side: _ratio(side)),
-            ),
-            "Error": (
-                "Relative to float32, in the Euclidean norm of the candidates' rows.",
-                grid_table(self.points, lambda side: _number(side.error, ".2g")),
-            ),
-            "Rate": (
-                "GFLOP/s that the work needs, by the processor time that it took.",
-                grid_table(self.points, lambda side: _number(side.gflops_per_s, ".0f")),
-            ),
-            "Wall time": (
-                "Milliseconds, medians.",
-                grid_table(self.points, lambda side: _milliseconds(side.wall_ms)),
-            ),
-            "Memory": (
-                "MiB that a run needs besides weights, input and mask.",
-                grid_table(self.points, lambda side: _mebibytes(side.peak_bytes)),
-            ),
-        }
-        parts = [f"# Work grid of the native stack\n\n{self.conditions()}\n"]
-        parts += [
-            f"## {heading}\n\n{words}\n\n{markdown(table)}\n"
-            for heading, (words, table) in sections.items()
-        ]
+        sections = {"Machine": ("", self.machine_table()), **self._sections()}
+        parts = [f"# {self._title}\n"]
+        for heading, (words, table) in sections.items():
+            parts.append(f"## {heading}\n\n" + (f"{words}\n\n" if words else "") + markdown(table))
         if reasons := self.reasons():
             parts.append("## Not measured\n\n" + "".join(f"- {reason}\n" for reason in reasons))
         return "\n".join(parts)
 
-    def conditions(self) -> str:
-        machine = ", ".join(
-            f"{name} {' '.join(value) if isinstance(value, list) else value}"
-            for name, value in self.machine.items()
-        )
-        rates = ", ".join(
-            f"{name} {rate:.0f} GFLOP/s" for name, rate in self.gemm_gflops_per_s.items()
-        )
-        kept = "keeps" if self.keeps_freed_memory else "does not keep"
-        return (
-            f"{datetime.now(UTC).isoformat(timespec='seconds')}; {machine}. Matrix product of "
-            f"2048³ through torch: {rates}. Threads: {self.settings.threads}; malloc {kept} freed "
-            f"memory. At most {self.settings.rounds} rounds and {self.settings.seconds:g} s for a "
-            "side at a point."
-        )
+    @property
+    def _title(self) -> str:
+        return "The native stack on the work grid" if self._is_grid else "How time grows"
+
+    @property
+    def _is_grid(self) -> bool:
+        return GRID in self.series
+
+    def _sections(self) -> Mapping[str, tuple[str, Table]]:
+        if not self._is_grid:
+            return {
+                heading: section
+                for name, points in self.series.items()
+                for heading, section in (
+                    (
+                        name.capitalize(),
+                        ("Milliseconds of processor time, medians.", growth_table(points)),
+                    ),
+                    (
+                        f"{name.capitalize()} doubled",
+                        (
+                            "Processor time to that of the point before: 2 where time is linear, "
+                            "4 where it is quadratic.",
+                            doubling_table(points),
+                        ),
+                    ),
+                )
+            }
+        points = self.points
+        return {
+            "Processor time": (
+                "Milliseconds of processor time, medians. The target is for a processor with AMX.",
+                times_table(points),
+            ),
+            "Speed-up": (
+                f"How many times {_NATIVE} is faster, beside what is demanded; the middle half of "
+                "the rounds in brackets.",
+                demands_table(points),
+            ),
+            "Against each side": (
+                "How many times the native side of the same precision is faster.",
+                grid_table(points, _ratio),
+            ),
+            "Error": (
+                "Relative to float32, in the Euclidean norm of the candidates' rows.",
+                grid_table(points, lambda side: _number(side.error, ".2g")),
+            ),
+            "Rate": (
+                "GFLOP/s that the work needs, by the processor time that it took.",
+                grid_table(points, lambda side: _number(side.gflops_per_s, ".0f")),
+            ),
+            "Wall time": (
+                "Milliseconds, medians.",
+                grid_table(points, lambda side: _milliseconds(side.wall_ms)),
+            ),
+            "Memory": (
+                "MiB that a run needs besides weights, input and mask.",
+                grid_table(points, lambda side: _mebibytes(side.peak_bytes)),
+            ),
+        }
+
+    def machine_table(self) -> Table:
+        """What the figures were taken on, and how."""
+        facts: dict[str, Any] = {
+            "when": self.when,
+            **self.machine,
+            **{
+                f"matrix product 2048³, {dtype}": f"{rate:.0f} GFLOP/s"
+                for dtype, rate in self.gemm_gflops_per_s.items()
+            },
+            "threads": self.settings.threads,
+            "malloc": "keeps freed memory" if self.keeps_freed_memory else "as the system has it",
+            "rounds": f"at most {self.settings.rounds}, or {self.settings.seconds:g} s for a side "
+            "at a point",
+            "native-bf16": ", ".join(
+                dict.fromkeys(s.implementation for s in self._natives() if s.implementation)
+            ),
+        }
+        return ("what", "here"), [
+            (name, " ".join(value) if isinstance(value, list) else str(value))
+            for name, value in facts.items()
+        ]
+
+    def _natives(self) -> Sequence[SideResult]:
+        return [side for point in self.points if (side := point.side(_NATIVE)) is not None]
 
     def reasons(self) -> Sequence[str]:
         """Why sides have no figures, each reason once."""
@@ -176,8 +219,13 @@ def point_table(result: PointResult) -> Table:
     return columns, rows
 
 
+def growth_table(points: Sequence[PointResult]) -> Table:
+    return grid_table(points, lambda side: _milliseconds(side.cpu_ms))
+
+
 def times_table(points: Sequence[PointResult]) -> Table:
-    columns, rows = grid_table(points, lambda side: _milliseconds(side.cpu_ms))
+    """Those of all sides, and the targets."""
+    columns, rows = growth_table(points)
     shown = []
     for point, row in zip(points, rows, strict=True):
         native = point.side(_NATIVE)
@@ -186,6 +234,8 @@ def times_table(points: Sequence[PointResult]) -> Table:
         if target is not None and native is not None and native.cpu_ms is not None:
             met = _verdict(native.cpu_ms <= target and not native.wrong)
         shown.append((*row, _milliseconds(target), met))
+    if not any(point.target_ms for point in points):
+        return columns, rows
     return (*columns, "target", "met"), shown
 
 
@@ -227,10 +277,26 @@ def grid_table(points: Sequence[PointResult], cell: Callable[[SideResult], str])
     return ["point", *shown], rows
 
 
+def doubling_table(points: Sequence[PointResult]) -> Table:
+    """For each point and side, its processor time by that of the point before."""
+
+    def grown(index: int, name: str) -> str:
+        now, before = points[index].side(name), points[index - 1].side(name)
+        if index == 0 or now is None or before is None or not now.cpu_ms or not before.cpu_ms:
+            return ""
+        return f"{now.cpu_ms / before.cpu_ms:.2f}"
+
+    names = list(dict.fromkeys(side.name for point in points for side in point.sides))
+    rows = [
+        [point.point.label, *(grown(i, name) for name in names)] for i, point in enumerate(points)
+    ]
+    return ["point", *names], rows[1:]
+
+
 def markdown(table: Table) -> str:
     columns, rows = table
     lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def _verdict(met: bool) -> str:
@@ -238,10 +304,8 @@ def _verdict(met: bool) -> str:
 
 
 def _ratio(side: SideResult) -> str:
-    if side.wrong:
-        return "wrong"
     if side.faster is None or side.faster_quartiles is None:
-        return ""
+        return side.withheld
     low, high = side.faster_quartiles
     return f"{side.faster:.2f} ({low:.2f}–{high:.2f})"
 
