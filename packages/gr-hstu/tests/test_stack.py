@@ -27,7 +27,8 @@ from gr_core.contracts import EncodedRequest
 from gr_core.errors import PlanError
 from gr_core.stack import LayerWeights, Stack, StackModel, TokenSequence
 from gr_hstu.config import HSTUConfig, MTGRConfig
-from gr_hstu.jagged import Jagged, jagged, ranking, stack_of
+from gr_hstu.jagged import Jagged, jagged, stack_of
+from gr_hstu.jagged import ranking as jagged_ranking
 from gr_hstu.jagged.intervals import hstu_intervals, mtgr_intervals
 from gr_hstu.models import HSTURetrieval
 from gr_hstu.modules.masks import (
@@ -346,8 +347,8 @@ def test_what_the_module_gives(
 def test_the_item_mlp_runs_once_for_each_item_where_it_may(
     monkeypatch: pytest.MonkeyPatch, crosses: tuple[int, ...], bound: int, kept: bool
 ) -> None:
-    monkeypatch.setattr(ranking, "MAX_ITEM_TABLE_BYTES", bound)
-    monkeypatch.setattr(ranking, "_ITEMS_AT_ONCE", 5)
+    monkeypatch.setattr(jagged_ranking, "MAX_ITEM_TABLE_BYTES", bound)
+    monkeypatch.setattr(jagged_ranking, "_ITEMS_AT_ONCE", 5)
     config = dataclasses.replace(
         CONFIGS["ranking"], num_items=ITEMS, candidate_cardinalities=crosses
     )
