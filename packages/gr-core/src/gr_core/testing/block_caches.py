@@ -175,7 +175,7 @@ class BlockCacheSuite(Suite):
         cache = make(CAPACITY)
         space = self.space(cache)
         assert space.acquire(b"", history(1, 257 * BLOCK_TOKENS), 0) is None
-        leases = []
+        leases: list[BlockLease] = []
         while (lease := space.acquire(b"", history(len(leases), 64), 0)) is not None:
             leases.append(lease)
             assert len(leases) <= 32
@@ -290,7 +290,7 @@ class BlockCacheSuite(Suite):
     def test_the_content_must_be_bytes(self, make: MakeBlockCache) -> None:
         space = self.space(make(CAPACITY))
         with pytest.raises(ValueError, match="content"):
-            space.acquire(b"", np.zeros((4, 2), np.int64), 0)  # type: ignore[arg-type]
+            space.acquire(b"", np.zeros((4, 2), np.int64), 0)
 
     def test_an_empty_sequence_needs_nothing(self, make: MakeBlockCache) -> None:
         cache = make(CAPACITY)

@@ -100,8 +100,7 @@ class Arena:
         """A new slab for a tree's blocks; None if there is not room for one."""
         block_bytes = tree.layout.block_bytes
         stride = self.stride(block_bytes)
-        left = (self.capacity - self.reserved) // mmap.PAGESIZE * mmap.PAGESIZE
-        count = min(max(1, self._target // stride), left // stride)
+        count = min(max(1, self._target // stride), self._left() // stride)
         if not count:
             return None
         try:
@@ -110,6 +109,12 @@ class Arena:
             return None
         self.reserved += slab.bytes
         return slab
+
+    def full(self, tree: Tree) -> bool:
+        return self._left() < self.stride(tree.layout.block_bytes)
+
+    def _left(self) -> int:
+        return (self.capacity - self.reserved) // mmap.PAGESIZE * mmap.PAGESIZE
 
     def give_back(self, slab: MemorySlab) -> None:
         self.reserved -= slab.bytes

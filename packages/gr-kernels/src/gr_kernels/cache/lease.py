@@ -243,6 +243,7 @@ class PagedLease(Holder):
                 self._give_way(tail, node)
             if node.block is None:
                 self.own.discard(block)
+                node.writer = self
                 store.fill(node, block, rows)
             tree.touch(node, store.clock)
             return node

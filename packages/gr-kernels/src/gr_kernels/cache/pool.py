@@ -70,6 +70,10 @@ class SlabSource(Protocol):
 
     def slab_for(self, tree: Tree) -> Slab | None: ...
 
+    def full(self, tree: Tree) -> bool:
+        """Whether a slab could be had if others gave theirs back."""
+        ...
+
     def give_back(self, slab: Any) -> None: ...
 
 
@@ -122,17 +126,20 @@ class Pool(Generic[PlaceT]):
             if slab is not None:
                 self.adopt(tree, slab)
                 continue
+            full = self._source.full(tree)
+            if full and self._take_slab(share, inf, idle=True):
+                continue
             node = share.queue.peek()
             # Looking at all slabs once in as many evictions as a slab has places costs little.
             if node is not None and share.since_comparison * len(share.slabs) >= share.places:
                 share.since_comparison = 0
-                if self._take_slab(share, node.priority):
+                if full and self._take_slab(share, node.priority):
                     continue
             if node is not None:
                 share.since_comparison += 1
                 share.queue.discard(node)
                 self._vacate(node)
-            elif not self._take_slab(share, inf):
+            elif not (full and self._take_slab(share, inf)):
                 return None
         return share.free.pop()
 
@@ -148,15 +155,21 @@ class Pool(Generic[PlaceT]):
             if not any(place.node or place.leased for place in slab.places):
                 self._give_back(share, slab)
 
-    def _take_slab(self, share: Share[PlaceT], limit: float) -> bool:
-        """Gives back another tree's least valuable slab of a value below ``limit``."""
-        if len(self.shares) == 1:
+    def _take_slab(self, share: Share[PlaceT], limit: float, *, idle: bool = False) -> bool:
+        """Gives back another tree's least valuable slab of a value below ``limit``.
+
+        With ``idle``, only of trees that no space uses any more.
+        """
+        others = [
+            other
+            for tree, other in self.shares.items()
+            if other is not share and other.slabs and not (idle and tree.users)
+        ]
+        if not others:
             return False
         held = self._held()
         least, found = limit, None
-        for other in self.shares.values():
-            if other is share:
-                continue
+        for other in others:
             for slab in other.slabs:
                 value = max((p.node.priority for p in slab.places if p.node), default=-1.0)
                 if value < least and not held(slab):

@@ -123,13 +123,16 @@ class FileTier:
     def slab_for(self, tree: Tree) -> FileSlab | None:
         """A new slab for a tree's blocks."""
         layout = tree.layout
-        if not self._free or slot_bytes(layout) > self._slab_bytes - _PAGE:
+        if not self._free or not self.fits(tree):
             return None
         number = self._free[-1]
         if not self._write(self._offset(number), _seal(_slab_header(layout), _number(number))):
             return None
         self._free.pop()
         return self._slab(number, layout)
+
+    def full(self, tree: Tree) -> bool:
+        return not self._free and self.fits(tree)
 
     def give_back(self, slab: FileSlab) -> None:
         self._write(self._offset(slab.number), bytes(_SLAB.size))
