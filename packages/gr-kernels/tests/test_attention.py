@@ -9,18 +9,43 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gr_kernels.ops.hstu_attention import Intervals, blocked, causal, hstu_attention, joined, mtgr
+from gr_core.errors import PlanError
+from gr_kernels import choice, native
+from gr_kernels.ops.hstu_attention import (
+    Intervals,
+    blocked,
+    causal,
+    cpu,
+    hstu_attention,
+    joined,
+    mtgr,
+)
 from gr_kernels.ops.hstu_attention import reference as reference_module
 
 IMPLEMENTATIONS = {
     "reference": reference_module.hstu_attention,
     "blocked": blocked.hstu_attention,
     "op": hstu_attention,
+    "avx2": cpu.hstu_attention,
+    "avx512": cpu.hstu_attention,
 }
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An implementation; for instruction sets as far as this build and processor have them."""
+    if request.param.startswith("avx"):
+        ok, reason = native.probe_attention()
+        if not ok:
+            pytest.skip(reason)
+        if request.param == "avx512" and native.attention_isa() < 2:
+            pytest.skip("this processor has no AVX-512")
+        monkeypatch.setenv(choice.ISA_VARIABLE, request.param)
+    return str(request.param)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +144,9 @@ def error(found: Tensor, right: Tensor) -> float:
     return float((found.double() - right).norm() / (right.norm() or 1))
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@given(st.data())
+# The fixture sets a variable for all examples alike.
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
 def test_implementations_compute_the_equation(name: str, data: st.DataObject):
     size = st.tuples(st.integers(0, 9), st.integers(0, 12))
     call = random_call(
@@ -133,16 +159,49 @@ def test_implementations_compute_the_equation(name: str, data: st.DataObject):
         padding=data.draw(st.integers(0, 2)),
     )
     right = by_pairs(call)
-    assert error(call.run(IMPLEMENTATIONS[name]), right) < 1e-12
+    if not name.startswith("avx"):
+        assert error(call.run(IMPLEMENTATIONS[name]), right) < 1e-12
     assert error(call.to(torch.float32).run(IMPLEMENTATIONS[name]), right) < 1e-5
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_long_sequences_go_block_by_block(bias: bool):
+def test_long_sequences_go_block_by_block(name: str, bias: bool):
     sizes = [(blocked.QUERY_BLOCK + 3, 2 * blocked.KEY_BLOCK + 5), (2 * blocked.QUERY_BLOCK, 1)]
-    call = random_call(1, sizes, bias=bias)
+    call = random_call(1, sizes, d_qk=20, d_v=33, bias=bias)
     right = call.run(reference_module.hstu_attention)
-    assert error(call.run(blocked.hstu_attention), right) < 1e-12
+    for dtype, allowed in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        assert error(call.to(dtype).run(IMPLEMENTATIONS[name]), right) < allowed
+
+
+def test_threads_change_nothing():
+    if not native.probe_attention()[0]:
+        pytest.skip(native.probe_attention()[1])
+    call = random_call(6, [(70, 90)] * 5, heads=3).to(torch.float32)
+    alone = call.run(cpu.hstu_attention)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        assert torch.equal(call.run(cpu.hstu_attention), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_large_scores_are_no_trouble(name: str):
+    """SiLU of -1e4 is 0 and of 1e4 itself: no exponential may overflow on the way."""
+    q, k, v = (torch.full((3, 1, 1), value) for value in (100.0, 100.0, 1.0))
+    q[1] = -100.0
+    offsets = torch.tensor([0, 3])
+    found = IMPLEMENTATIONS[name](q, k, v, offsets, offsets, *causal(3), 1.0, 1.0)
+    assert found.flatten().tolist() == pytest.approx([1e4, 0.0, 3e4], abs=1e-30)
+
+
+def test_an_instruction_set_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch):
+    if not native.probe_attention()[0]:
+        pytest.skip(native.probe_attention()[1])
+    monkeypatch.setenv(choice.ISA_VARIABLE, "mmx")
+    call = random_call(5, [(3, 5)]).to(torch.float32)
+    with pytest.raises(PlanError, match="'mmx'; expected auto, torch, or one of this processor's"):
+        call.run(hstu_attention)
 
 
 class TestIntervals:
@@ -300,7 +359,6 @@ def test_export_and_compile_see_it():
         ({7: torch.full((7,), 4, dtype=torch.int32)}, "own from -1 to 3"),
     ],
 )
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_mistakes_are_named(name: str, change: dict[int, Tensor], message: str):
     call = random_call(5, [(3, 5), (4, 4)]).to(torch.float32)
     tensors = [change.get(i, tensor) for i, tensor in enumerate(call.tensors)]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gr_core.testing import KernelCase, KernelSuite, PluginSuite
+from gr_kernels import native
 
 from .test_attention import Call, random_call
 
@@ -39,6 +40,13 @@ def attention_cases(dtype: torch.dtype) -> Sequence[KernelCase]:
     return cases
 
 
+@pytest.fixture
+def native_attention() -> None:
+    ok, reason = native.probe_attention()
+    if not ok:
+        pytest.skip(reason)
+
+
 class TestBlockedInFloat32(KernelSuite):
     kernel = "hstu_attention-blocked"
     reference = "hstu_attention-reference"
@@ -55,3 +63,13 @@ class TestBlockedInBfloat16(KernelSuite):
     @pytest.fixture
     def cases(self) -> Sequence[KernelCase]:
         return attention_cases(torch.bfloat16)
+
+
+@pytest.mark.usefixtures("native_attention")
+class TestNativeInFloat32(TestBlockedInFloat32):
+    kernel = "hstu_attention-cpu"
+
+
+@pytest.mark.usefixtures("native_attention")
+class TestNativeInBfloat16(TestBlockedInBfloat16):
+    kernel = "hstu_attention-cpu"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from gr_core import KernelDescriptor
+from gr_kernels.native import probe_attention
 
 
 def probe_torch() -> tuple[bool, str]:
@@ -35,6 +36,16 @@ KERNELS = (
         probe=probe_torch,
     ),
     KernelDescriptor(
+        name="hstu_attention-cpu",
+        op="hstu_attention",
+        factory="gr_kernels.ops.hstu_attention.cpu:hstu_attention",
+        device="cpu",
+        dtypes=("float32", "bfloat16"),
+        priority=20,
+        summary="C++ for AVX2 and AVX-512, float32 inside",
+        probe=probe_attention,
+    ),
+    KernelDescriptor(
         name="hstu_stack-torch",
         op="hstu_stack",
         factory="gr_kernels.ops.hstu_stack.reference:TorchStack",
@@ -46,5 +57,5 @@ KERNELS = (
     ),
 )
 
-NATIVE: frozenset[str] = frozenset()
+NATIVE = frozenset({"hstu_attention-cpu"})
 """Names of those in C++, which know instruction sets."""

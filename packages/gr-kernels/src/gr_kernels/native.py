@@ -1,0 +1,45 @@
+"""The library of kernels in C++ that the build put beside this module, if it could."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+_FOLDER = Path(__file__).parent / "_native"
+_SUFFIXES = (".so", ".dylib", ".dll")
+
+
+def find() -> tuple[Path | None, str]:
+    """The library's file, or None and why there is none."""
+    files = sorted(_FOLDER.iterdir()) if _FOLDER.is_dir() else []
+    for file in files:
+        if file.suffix in _SUFFIXES:
+            return file, f"built in {file.name}"
+    absent = _FOLDER / "absent.txt"
+    reason = absent.read_text(encoding="utf-8").strip() if absent.exists() else "not installed"
+    return None, f"this installation has no kernels in C++: {reason}"
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Raises `OSError` where it is absent or of no use to this system."""
+    file, reason = find()
+    if file is None:
+        raise OSError(reason)
+    return ctypes.CDLL(str(file))
+
+
+def attention_isa() -> int:
+    """The best instruction set for `gr_hstu_attention`: 0 for none, 1 for AVX2, 2 for AVX-512."""
+    return int(library().gr_hstu_attention_isa())
+
+
+def probe_attention() -> tuple[bool, str]:
+    try:
+        isa = attention_isa()
+    except (OSError, AttributeError) as error:
+        return False, str(error)
+    if not isa:
+        return False, "this processor has no AVX2"
+    return True, f"this processor has {('AVX2', 'AVX-512')[isa - 1]}"
