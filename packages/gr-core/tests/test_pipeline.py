@@ -502,6 +502,20 @@ async def test_the_same_request_is_computed_once(
         assert (told.hits, told.misses, told.entries) == (2, 2, 2)
 
 
+async def test_caches_are_closed_with_the_pipeline(serve: Serve) -> None:
+    closed = []
+
+    class Closing(MemoryCache):
+        def close(self) -> None:
+            closed.append(self.statistics().entries)
+            super().close()
+
+    async with serve(caches={CacheKind.RESULTS: Closing(2**20)}) as pipeline:
+        await pipeline.recommend(request(HISTORY, k=4))
+        assert not closed
+    assert closed == [2], "closed once, with what it held"
+
+
 async def test_whatever_an_answer_depends_on_is_computed_anew(
     platform: Platform, serve: Serve, results: MemoryCache
 ) -> None:
