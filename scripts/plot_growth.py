@@ -30,7 +30,8 @@ AXES = {
 
 def main(measured: Path = MEASURED, picture: Path = PICTURE) -> None:
     report = json.loads(measured.read_text(encoding="utf-8"))
-    matplotlib.rcParams["svg.hashsalt"] = "growth"  # the same picture for the same figures
+    # The same picture for the same figures, and text as text.
+    matplotlib.rcParams.update({"svg.hashsalt": "growth", "svg.fonttype": "none"})
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, panels = plt.subplots(1, len(AXES), figsize=(11, 3.6), sharey=True)
     for panel, (series, (field, title)) in zip(panels, AXES.items(), strict=True):
@@ -44,20 +45,29 @@ def main(measured: Path = MEASURED, picture: Path = PICTURE) -> None:
 
 
 def draw(panel: Axes, points: list[dict[str, Any]], field: str) -> None:
-    """Double logarithmic: a line that rises by one square a square is linear, by two quadratic."""
+    """Double logarithmic, with lines of slope 1 and 2 for comparison above the last points."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for point in points:
         for side in point["sides"]:
             if side["cpu_ms"] is not None:
                 lines.setdefault(side["name"], []).append((point[field], side["cpu_ms"]))
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log", base=10)
     for number, (name, line) in enumerate(lines.items()):
         x, y = zip(*line, strict=True)
-        panel.loglog(
-            x, y, "o-", base=2, markersize=3, linewidth=1.2, label=name, color=f"C{number}"
-        )
+        panel.plot(x, y, "o-", markersize=3, linewidth=1.2, label=name, color=f"C{number}")
     ticks = [point[field] for point in points]
+    highest = 2 * max(y for line in lines.values() for _, y in line)
+    for power, style, word in ((1, "--", "linear"), (2, ":", "quadratic")):
+        guide = [ticks[-1] / 8, ticks[-1]]
+        panel.plot(
+            guide,
+            [highest * (x / ticks[-1]) ** power for x in guide],
+            style,
+            color="0.7",
+            label=word,
+        )
     panel.set_xticks(ticks, [str(tick) for tick in ticks], rotation=45)
-    panel.set_yscale("log", base=10)
     panel.grid(True, which="major", alpha=0.3)
 
 

@@ -1,4 +1,4 @@
-"""The figures of the README are those that were written when they were measured."""
+"""The figures of pages are those that were written when they were measured."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -16,8 +18,9 @@ def test_quoted_figures_are_those_of_their_sources():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_every_table_of_figures_is_quoted():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    measured = re.split(r"^## ", readme.split("## Measured\n")[1], flags=re.MULTILINE)[0]
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+def test_every_table_of_figures_is_quoted(page: str):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    measured = re.split(r"^## ", text.split("## Measured\n")[1], flags=re.MULTILINE)[0]
     tables = re.findall(r"(?:^\|.*\n)+", measured, re.MULTILINE)
-    assert len(tables) == measured.count("<!-- quoted from ") > 0
+    assert len(tables) == len(re.findall("<!-- quoted (?:whole )?from ", measured)) > 0
