@@ -393,6 +393,7 @@ def test_two_that_extend_the_same_do_not_disturb_each_other() -> None:
     one, other = content_of([*range(40), 100, 101]), content_of([*range(40), 200, 201, 202])
     leases = [client.space.acquire(b"", content, 42) for content in (one, other)]
     truths = [client.truth(b"", content) for content in (one, other)]
+    assert [lease and lease.reused for lease in leases] == [40, 32]
     for lease, truth in zip(leases, truths, strict=True):
         assert lease is not None
         client.check(lease, truth, lease.reused)
@@ -405,6 +406,42 @@ def test_two_that_extend_the_same_do_not_disturb_each_other() -> None:
     audit(cache)
     assert client.serve(b"", [*range(40), 100, 101]) == 42
     assert client.serve(b"", [*range(40), 200, 201, 202]) == 43
+
+
+def test_a_block_that_another_reads_is_not_extended_in_place() -> None:
+    client = Client(PagedCache(1 << 20), b"m", 32, 100)
+    client.serve(b"", list(range(10)))
+    reader = client.space.acquire(b"", content_of(list(range(10))), 10)
+    writer = client.space.acquire(b"", content_of(list(range(12))), 12)
+    assert reader is not None
+    assert writer is not None
+    assert reader.reused == writer.reused == 10
+    assert reader.blocks[0] != writer.blocks[0]
+
+
+def test_a_block_being_extended_that_another_published_too() -> None:
+    """It cannot give way to a third's longer one, as the other needs it: it just stays."""
+    cache = PagedCache(1 << 20)
+    client = Client(cache, b"m", 32, 100)
+    client.serve(b"", list(range(5)))
+    short, long = content_of(list(range(5))), content_of(list(range(8)))
+    truth = client.truth(b"", long)
+    extends = client.space.acquire(b"", long, 8)
+    same = client.space.acquire(b"", short, 0)
+    longer = client.space.acquire(b"", long, 0)
+    assert extends is not None
+    assert same is not None
+    assert longer is not None
+    assert extends.reused == 5
+    for lease, tokens in ((same, 5), (longer, 8), (extends, 8)):
+        client.write(lease, truth, tokens)
+        lease.commit(tokens)
+        audit(cache)
+    for lease, tokens in ((same, 5), (longer, 8), (extends, 8)):
+        client.check(lease, truth, tokens)
+        lease.release()
+        audit(cache)
+    assert client.serve(b"", list(range(8))) == 8
 
 
 def test_a_block_goes_only_after_those_behind_it() -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gr_kernels.cache import tier
@@ -100,6 +101,41 @@ def test_a_new_version_never_reads_old_state_and_takes_its_room(tmp_path: Path) 
     for user in range(35):
         assert client.serve(b"", items_of(user)) == 0
     assert sum(client.serve(b"", items_of(user)) for user in range(35)) == 35 * 30
+    audit(cache)
+    cache.close()
+
+
+def test_a_model_that_is_loaded_keeps_what_the_file_has_of_it(tmp_path: Path) -> None:
+    """Though others are asked first, and need all the room that nobody uses."""
+    path = tmp_path / "kv"
+    found = {}
+    for loaded in (True, False):
+        fill(path, 10)
+        cache = open_cache(path)
+        mine = client_of(cache) if loaded else None
+        other = client_of(cache, b"other")
+        for user in range(36):
+            other.serve(b"", items_of(user))
+        mine = mine or client_of(cache)
+        found[loaded] = sum(mine.serve(b"", items_of(user)) for user in range(10))
+        audit(cache)
+        cache.clear()
+        cache.close()
+    assert found[True] > found[False]
+
+
+def test_a_width_that_changed_starts_anew(tmp_path: Path) -> None:
+    path = tmp_path / "kv"
+    fill(path, 2)
+    cache = open_cache(path)
+    client = client_of(cache)
+    wide = np.zeros((5, 7), np.uint8)
+    lease = client.space.acquire(b"", wide, 5)
+    assert lease is not None
+    assert lease.reused == 0
+    lease.release()
+    audit(cache)
+    client.space.close()
     audit(cache)
     cache.close()
 

@@ -160,7 +160,13 @@ class PagedSpace:
         self._block_bytes = block_bytes
         self._costs = costs
         self._tree: Tree | None = None
+        """None until the width of the content is known."""
         self._closed = False
+        with cache._lock:
+            # What the file has of it is not idle, though nobody has asked for it yet.
+            self._awaited = [tree for tree in cache._store.trees.values() if self._is_mine(tree)]
+            for tree in self._awaited:
+                tree.users += 1
 
     def acquire(
         self, salt: bytes, content: npt.NDArray[np.uint8], reusable: int, owner: str = ""
@@ -192,15 +198,9 @@ class PagedSpace:
 
     def close(self) -> None:
         with self._cache._lock:
-            if self._closed:
-                return
-            self._closed = True
-            tree = self._tree
-            if tree is not None and not self._cache._store.closed:
-                tree.users -= 1
-                if not tree.users:
-                    self._cache._cancel(tree=tree)
-                    self._cache._store.retire(tree)
+            if not self._closed:
+                self._closed = True
+                self._leave(self._awaited + ([self._tree] if self._tree else []))
 
     def _open(self, width: int) -> Tree | None:
         """The tree, once the width of the content is known; None if there is none any more."""
@@ -214,6 +214,8 @@ class PagedSpace:
                 self._tree = tree = cache._store.tree(Layout(digest, size, block_bytes, width))
                 tree.users += 1
                 tree.token_cost, tree.pair_cost = self._costs
+                self._leave(self._awaited)
+                self._awaited = []
                 tier = cache._store.tier
                 if tier is not None and not tier.fits(tree):
                     logger.warning(
@@ -222,3 +224,18 @@ class PagedSpace:
                         block_bytes,
                     )
             return self._tree
+
+    def _leave(self, trees: list[Tree]) -> None:
+        """Uses some trees no more; those that nobody uses keep nothing in memory."""
+        if self._cache._store.closed:
+            return
+        for tree in trees:
+            tree.users -= 1
+            if not tree.users:
+                self._cache._cancel(tree=tree)
+                self._cache._store.retire(tree)
+
+    def _is_mine(self, tree: Tree) -> bool:
+        layout = tree.layout
+        sizes = (self._block_tokens, self._block_bytes)
+        return layout.namespace == namespace_digest(self._namespace, *sizes, layout.width)
