@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from importlib.util import find_spec
 
 from gr_core import KernelDescriptor
-from gr_kernels.native import probe_attention
+from gr_kernels.native import probe_attention, probe_stack
 
 
 def probe_torch() -> tuple[bool, str]:
@@ -46,6 +47,26 @@ KERNELS = (
         probe=probe_attention,
     ),
     KernelDescriptor(
+        name="hstu_stack-cpu-bfloat16",
+        op="hstu_stack",
+        factory="gr_kernels.ops.hstu_stack.cpu:CpuStack",
+        device="cpu",
+        dtypes=("bfloat16",),
+        priority=20,
+        summary="all layers in C++ on bfloat16 products, K and V in tiles",
+        probe=functools.partial(probe_stack, "bfloat16"),
+    ),
+    KernelDescriptor(
+        name="hstu_stack-cpu-float32",
+        op="hstu_stack",
+        factory="gr_kernels.ops.hstu_stack.cpu:CpuStack",
+        device="cpu",
+        dtypes=("float32",),
+        priority=20,
+        summary="all layers in C++ for AVX2 and AVX-512, K and V in tiles",
+        probe=functools.partial(probe_stack, "float32"),
+    ),
+    KernelDescriptor(
         name="hstu_stack-torch",
         op="hstu_stack",
         factory="gr_kernels.ops.hstu_stack.reference:TorchStack",
@@ -57,5 +78,5 @@ KERNELS = (
     ),
 )
 
-NATIVE = frozenset({"hstu_attention-cpu"})
+NATIVE = frozenset({"hstu_attention-cpu", "hstu_stack-cpu-bfloat16", "hstu_stack-cpu-float32"})
 """Names of those in C++, which know instruction sets."""

@@ -6,6 +6,12 @@ import ctypes
 import functools
 from pathlib import Path
 
+ABI_VERSION = 1
+"""Of csrc/gr_kernels.h."""
+
+DTYPES = {"float32": 0, "bfloat16": 1}
+"""Numbers of csrc/gr_kernels.h."""
+
 _FOLDER = Path(__file__).parent / "_native"
 _SUFFIXES = (".so", ".dylib", ".dll")
 
@@ -27,7 +33,23 @@ def library() -> ctypes.CDLL:
     file, reason = find()
     if file is None:
         raise OSError(reason)
-    return ctypes.CDLL(str(file))
+    found = ctypes.CDLL(str(file))
+    if (version := found.gr_abi_version()) != ABI_VERSION:
+        raise OSError(f"{file} has the interface {version}, expected {ABI_VERSION}; build it again")
+    return found
+
+
+@functools.cache
+def instruction_sets(dtype: str) -> tuple[str, ...]:
+    """Instruction sets of this processor that the stack has kernels for, best first.
+
+    Raises `OSError` without the library.
+    """
+    if dtype not in DTYPES:
+        return ()
+    found = library()
+    found.gr_instruction_sets.restype = ctypes.c_char_p
+    return tuple(found.gr_instruction_sets(DTYPES[dtype]).decode().split())
 
 
 def attention_isa() -> int:
@@ -43,3 +65,13 @@ def probe_attention() -> tuple[bool, str]:
     if not isa:
         return False, "this processor has no AVX2"
     return True, f"this processor has {('AVX2', 'AVX-512')[isa - 1]}"
+
+
+def probe_stack(dtype: str) -> tuple[bool, str]:
+    try:
+        sets = instruction_sets(dtype)
+    except (OSError, AttributeError) as error:
+        return False, str(error)
+    if not sets:
+        return False, f"this processor has no instructions for {dtype} that the kernels know"
+    return True, f"this processor has {', '.join(sets)}"

@@ -27,6 +27,6 @@ def make_index(table_ID: Any, kind: str, threads: int) -> ItemIndex:
         from gr_kernels.retrieval.hnsw import HNSWIndex
 
         return HNSWIndex(table_ID, threads)
-    from gr_kernels.retrieval.exact import ExactIndex
+    from gr_kernels.retrieval.blocked import BlockedIndex
 
-    return ExactIndex(table_ID, threads)
+    return BlockedIndex(table_ID)

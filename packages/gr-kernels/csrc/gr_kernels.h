@@ -1,0 +1,78 @@
+/* The C interface of the native kernels. Nothing here throws; every function that can fail returns
+ * an error code or null, and gr_last_error() says in words what was wrong. */
+#ifndef GR_KERNELS_H
+#define GR_KERNELS_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define GR_API __attribute__((visibility("default")))
+
+#define GR_ABI_VERSION 1
+#define GR_BLOCK_TOKENS 32
+
+enum gr_status { GR_OK = 0, GR_INVALID = 1, GR_NO_MEMORY = 2, GR_BUSY = 3 };
+enum gr_dtype { GR_FLOAT32 = 0, GR_BFLOAT16 = 1 };
+enum gr_silu { GR_SILU_NONE = 0, GR_SILU_U = 1, GR_SILU_ALL = 2 };
+enum gr_gate {
+  GR_GATE_U_NORM = 0,              /* u * norm(a) */
+  GR_GATE_U_NORM_PRODUCT = 1,      /* u, norm(a), u * norm(a) */
+  GR_GATE_U_ATTENTION_PRODUCT = 2, /* u, a, u * norm(a) */
+  GR_GATE_NORM_OF_PRODUCT = 3      /* norm(a * u) */
+};
+enum gr_rows { GR_ROWS_CANDIDATES = 0, GR_ROWS_AND_LAST = 1, GR_ROWS_ALL = 2 };
+
+typedef struct {
+  int32_t d_model, num_heads, d_qk, d_v, num_layers;
+  int32_t dtype, silu, gate, head_norm, groups;
+  float alpha, divisor, norm_eps;
+  int32_t positions;                /* P of the position bias, 0 for none */
+  int32_t time_buckets;             /* rows of the time bias, 0 for none */
+  const int64_t* time_thresholds;   /* (time_buckets - 1): least |dt| of buckets 1.. */
+} gr_stack_config;
+
+typedef struct {
+  const float *input_norm_weight, *input_norm_bias;         /* (groups, d_model) or null */
+  const float *uvqk_weight, *uvqk_bias;                     /* (2HV + 2HK, d_model) */
+  const float *attention_norm_weight, *attention_norm_bias; /* (groups, HV) or null */
+  const float *output_weight, *output_bias;                 /* (d_model, m·HV) */
+  const float *position_bias, *time_bias;                   /* (2P - 1), (time_buckets) or null */
+} gr_layer_weights;
+
+typedef struct {
+  const uint64_t* blocks;  /* addresses of ceil((cached + new_tokens) / 32) blocks */
+  const int32_t *low, *high;       /* (new_tokens + candidates) */
+  const uint8_t* groups;           /* (new_tokens + candidates) or null */
+  const int64_t *times;            /* (cached + new_tokens + candidates) or null */
+  const int64_t *next_times;       /* (new_tokens + candidates) or null */
+  int32_t cached, new_tokens, candidates, rows;
+} gr_segment;
+
+typedef struct gr_stack gr_stack;
+
+GR_API int32_t gr_abi_version(void);
+/* Message of this thread's last failure. */
+GR_API const char* gr_last_error(void);
+/* Names of the instruction sets that this processor has kernels for, best first, for a dtype;
+ * separated by spaces, empty if there is none. */
+GR_API const char* gr_instruction_sets(int32_t dtype);
+
+/* Converts the weights; the caller's memory is not needed afterwards. Null on failure. */
+GR_API gr_stack* gr_stack_create(const gr_stack_config* config, const gr_layer_weights* layers,
+                          const char* instruction_set, int32_t threads);
+GR_API void gr_stack_destroy(gr_stack* stack);
+GR_API const char* gr_stack_instruction_set(const gr_stack* stack);
+GR_API int64_t gr_stack_block_bytes(const gr_stack* stack);
+/* Bytes of the workspace at its largest so far. */
+GR_API int64_t gr_stack_workspace_bytes(const gr_stack* stack);
+/* Runs all layers on x, (tokens, d_model), in place. One call at a time; another is GR_BUSY. */
+GR_API int32_t gr_stack_run(gr_stack* stack, float* x, int64_t tokens, const gr_segment* segments,
+                     int32_t count);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,536 @@
+// The kernels, for one instruction set and one precision at a time.
+//
+// Every sum runs in one order, whatever the number of rows: over k from the first to the last, over
+// keys likewise, so that a row's bits depend on nothing but what it reads.
+#pragma once
+
+#include "kernels.h"
+
+namespace GR_ISA {
+
+using gr::Attend;
+using gr::kBlockTokens;
+using gr::kChunk;
+using gr::kGroup;
+using gr::Linear;
+using gr::Norm;
+using gr::Panel;
+using gr::RowPlace;
+using gr::Section;
+using gr::Shape;
+
+constexpr int kTileRows = 6;
+
+template <class P, int MR, int NV>
+static inline __attribute__((always_inline)) void multiply(F (&acc)[MR][NV],
+                                                           const typename P::E* a, int64_t stride,
+                                                           const typename P::E* const (&b)[NV],
+                                                           int64_t begin, int64_t end) {
+  for (int64_t k = begin; k < end; ++k) {
+    typename P::B column[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) column[j] = P::load_b(b[j] + k * kGroup * P::kStep);
+#pragma GCC unroll 6
+    for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) {
+        acc[r][j] = P::madd(acc[r][j], a + r * stride + k * P::kStep, column[j]);
+      }
+    }
+  }
+}
+
+// ── Linear ──────────────────────────────────────────────────────────────────────────────────
+
+template <class P>
+static inline void store_v(typename P::E* head, int slot, const float* values, int d, int padded) {
+  typedef typename P::E E;
+  for (int c = 0; c < padded; c += kGroup) {
+    E row[kGroup];
+    const int n = d - c;
+    P::store(row, n >= kGroup ? f_load(values + c) : f_load_n(values + c, n > 0 ? n : 0));
+    E* group = head + (int64_t)c * kBlockTokens + (slot / P::kStep) * kGroup * P::kStep +
+               slot % P::kStep;
+    for (int i = 0; i < kGroup; ++i) group[i * P::kStep] = row[i];
+  }
+}
+
+template <class P>
+static inline void store_row(typename P::E* target, const float* values, int d, int padded) {
+  for (int c = 0; c < padded; c += kGroup) {
+    const int n = d - c;
+    const F x = n >= kGroup ? f_load(values + c) : f_load_n(values + c, n > 0 ? n : 0);
+    if (c + kGroup <= padded) {
+      P::store(target + c, x);
+    } else {
+      typename P::E part[kGroup];
+      P::store(part, x);
+      for (int i = 0; c + i < padded; ++i) target[c + i] = part[i];
+    }
+  }
+}
+
+// What a tile of results becomes: MR rows of up to 64 columns in `tile`.
+template <class P>
+static void place(const Linear& w, int first, int rows, const float (*tile)[64]) {
+  typedef typename P::E E;
+  const Shape& s = *w.shape;
+  const Panel& p = *w.panel;
+  for (int r = 0; r < rows; ++r) {
+    const int64_t row = first + r;
+    const float* values = tile[r];
+    switch (p.section) {
+      case Section::kU:
+        __builtin_memcpy(w.u + row * s.heads * s.d_v + p.column, values, 4 * p.columns);
+        break;
+      case Section::kOutput: {
+        float* x = w.x + row * s.d_model + p.column;
+        int c = 0;
+        for (; c + kGroup <= p.columns; c += kGroup) {
+          f_store(x + c, f_add(f_load(x + c), f_load(values + c)));
+        }
+        if (c < p.columns) {
+          const int n = p.columns - c;
+          f_store_n(x + c, f_add(f_load_n(x + c, n), f_load_n(values + c, n)), n);
+        }
+        break;
+      }
+      case Section::kQ:
+        store_row<P>((E*)w.q + (row * s.heads + p.head) * s.d_qk_padded + p.column, values,
+                     p.columns,
+                     p.column + p.columns == s.d_qk ? s.d_qk_padded - p.column : p.columns);
+        break;
+      case Section::kK: {
+        const RowPlace& at = w.places[row];
+        const int padded =
+            p.column + p.columns == s.d_qk ? s.d_qk_padded - p.column : p.columns;
+        if (at.block) {
+          E* head = (E*)(at.block + w.layer_offset + p.head * s.k_head_bytes);
+          // Group after group of 16 keys, each (d_qk_padded / step, 16, step).
+          E* group = head + (at.slot / kGroup) * (int64_t)s.d_qk_padded * kGroup +
+                     (int64_t)p.column * kGroup + (at.slot % kGroup) * P::kStep;
+          E part[64 + kGroup];
+          store_row<P>(part, values, p.columns, padded);
+          for (int c = 0; c < padded; c += P::kStep) {
+            __builtin_memcpy(group + c * kGroup, part + c, sizeof(E) * P::kStep);
+          }
+        }
+        if (at.own >= 0) {
+          store_row<P>((E*)w.own_k + ((int64_t)at.own * s.heads + p.head) * s.d_qk_padded + p.column,
+                       values, p.columns, padded);
+        }
+        break;
+      }
+      case Section::kV: {
+        const RowPlace& at = w.places[row];
+        const int padded = (p.columns + kGroup - 1) / kGroup * kGroup;
+        if (at.block) {
+          E* head = (E*)(at.block + w.layer_offset + s.heads * s.k_head_bytes +
+                         p.head * s.v_head_bytes);
+          store_v<P>(head + (int64_t)p.column * kBlockTokens, at.slot, values, p.columns, padded);
+        }
+        if (at.own >= 0) {
+          store_row<P>((E*)w.own_v + ((int64_t)at.own * s.heads + p.head) * s.d_v_padded + p.column,
+                       values, p.columns, padded);
+        }
+        break;
+      }
+    }
+  }
+}
+
+template <class P, int MR, int NV>
+static __attribute__((noinline)) void linear_tile(const Linear& w, int first) {
+  typedef typename P::E E;
+  const Panel& p = *w.panel;
+  const E* b[NV];
+  for (int j = 0; j < NV; ++j) b[j] = (const E*)p.weight + j * w.depth * kGroup * P::kStep;
+  F acc[MR][NV];
+  for (int r = 0; r < MR; ++r) {
+    for (int j = 0; j < NV; ++j) acc[r][j] = f_zero();
+  }
+  multiply<P, MR, NV>(acc, (const E*)w.rows + first * w.stride, w.stride, b, 0, w.depth);
+  float tile[MR][64];
+  for (int j = 0; j < NV; ++j) {
+    const F bias = p.bias ? f_load(p.bias + j * kGroup) : f_zero();
+    const F scale = f_set1(p.scale);
+    for (int r = 0; r < MR; ++r) {
+      F y = f_add(acc[r][j], bias);
+      if (p.silu) y = silu<true>(y);
+      f_store(tile[r] + j * kGroup, f_mul(y, scale));
+    }
+  }
+  place<P>(w, first, MR, tile);
+}
+
+template <class P, int NV>
+static void linear_panel(const Linear& w) {
+  int r = 0;
+  for (; r + kTileRows <= w.count; r += kTileRows) linear_tile<P, kTileRows, NV>(w, r);
+  switch (w.count - r) {
+    case 1: linear_tile<P, 1, NV>(w, r); break;
+    case 2: linear_tile<P, 2, NV>(w, r); break;
+    case 3: linear_tile<P, 3, NV>(w, r); break;
+    case 4: linear_tile<P, 4, NV>(w, r); break;
+    case 5: linear_tile<P, 5, NV>(w, r); break;
+  }
+}
+
+template <class P>
+static void linear(const Linear* w) {
+  switch (w->panel->groups) {
+    case 1: linear_panel<P, 1>(*w); break;
+    case 2: linear_panel<P, 2>(*w); break;
+    case 3: linear_panel<P, 3>(*w); break;
+    default: linear_panel<P, 4>(*w); break;
+  }
+}
+
+// ── Attention ───────────────────────────────────────────────────────────────────────────────
+
+static inline uint32_t lanes(int low, int high) {
+  low = low < 0 ? 0 : low > 16 ? 16 : low;
+  high = high < 0 ? 0 : high > 16 ? 16 : high;
+  return ((1u << high) - 1) & ~((1u << low) - 1);
+}
+
+// Scores of MR rows with NV groups of keys, activated, into `scores`.
+template <class P, int MR, int NV, bool kMasked>
+static inline __attribute__((always_inline)) void score_tile(
+    const Attend& w, int head, int first, int key, const typename P::E* const (&b)[NV]) {
+  typedef typename P::E E;
+  const Shape& s = *w.shape;
+  const int64_t stride = (int64_t)s.heads * s.d_qk_padded;
+  F acc[MR][NV];
+  for (int r = 0; r < MR; ++r) {
+    for (int j = 0; j < NV; ++j) {
+      acc[r][j] = w.bias ? f_load(w.bias + (first + r) * w.bias_stride + key + j * kGroup)
+                         : f_zero();
+    }
+  }
+  multiply<P, MR, NV>(acc, (const E*)w.q + first * stride + head * s.d_qk_padded, stride, b, 0,
+                      s.d_qk_padded / P::kStep);
+  E* scores = (E*)w.scores + (int64_t)first * kChunk;
+  for (int r = 0; r < MR; ++r) {
+    for (int j = 0; j < NV; ++j) {
+      F y = silu<P::kPrecise>(acc[r][j]);
+      if (kMasked) {
+        const int base = key + j * kGroup;
+        y = f_keep(lanes(w.low[first + r] - base, w.high[first + r] - base), y);
+      }
+      P::store(scores + r * kChunk + j * kGroup, y);
+    }
+  }
+}
+
+template <class P, int MR, bool kMasked>
+static __attribute__((noinline)) void score_rows(const Attend& w, int head, int first, int key,
+                                                 const typename P::E* const* b, int groups) {
+  typedef typename P::E E;
+  switch (groups) {
+    case 1: { const E* const c[1] = {b[0]}; score_tile<P, MR, 1, kMasked>(w, head, first, key, c); break; }
+    case 2: { const E* const c[2] = {b[0], b[1]}; score_tile<P, MR, 2, kMasked>(w, head, first, key, c); break; }
+    case 3: { const E* const c[3] = {b[0], b[1], b[2]}; score_tile<P, MR, 3, kMasked>(w, head, first, key, c); break; }
+    default: { const E* const c[4] = {b[0], b[1], b[2], b[3]}; score_tile<P, MR, 4, kMasked>(w, head, first, key, c); break; }
+  }
+}
+
+// Adds the scored keys' values to the sums of MR rows, NV groups of columns.
+template <class P, int MR, int NV>
+static inline __attribute__((always_inline)) void value_tile(const Attend& w, int first, int column,
+                                                             const typename P::E* v0,
+                                                             const typename P::E* v1, int keys) {
+  typedef typename P::E E;
+  const Shape& s = *w.shape;
+  F acc[MR][NV];
+  float* sums = w.sums + (int64_t)first * s.d_v_padded + column;
+  for (int r = 0; r < MR; ++r) {
+    for (int j = 0; j < NV; ++j) acc[r][j] = f_load(sums + r * s.d_v_padded + j * kGroup);
+  }
+  const E* scores = (const E*)w.scores + (int64_t)first * kChunk;
+  for (int part = 0; part < 2; ++part) {
+    const int n = keys - part * kBlockTokens;
+    if (n <= 0) break;
+    const E* v = part ? v1 : v0;
+    const E* b[NV];
+    for (int j = 0; j < NV; ++j) b[j] = v + (int64_t)(column + j * kGroup) * kBlockTokens;
+    const E* a = scores + part * kBlockTokens;
+    const int whole = (n < kBlockTokens ? n : kBlockTokens) / P::kStep;
+    multiply<P, MR, NV>(acc, a, kChunk, (const E* const(&)[NV])b, 0, whole);
+    if (n < kBlockTokens && n % P::kStep) {
+      for (int j = 0; j < NV; ++j) {
+        const typename P::B last = P::load_b_first(b[j] + whole * kGroup * P::kStep);
+        for (int r = 0; r < MR; ++r) {
+          acc[r][j] = P::madd(acc[r][j], a + r * kChunk + whole * P::kStep, last);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < MR; ++r) {
+    for (int j = 0; j < NV; ++j) f_store(sums + r * s.d_v_padded + j * kGroup, acc[r][j]);
+  }
+}
+
+template <class P, int MR>
+static __attribute__((noinline)) void value_rows(const Attend& w, int first,
+                                                 const typename P::E* v0,
+                                                 const typename P::E* v1, int keys) {
+  const int width = w.shape->d_v_padded;
+  int c = 0;
+  for (; c + 64 <= width; c += 64) value_tile<P, MR, 4>(w, first, c, v0, v1, keys);
+  switch ((width - c) / kGroup) {
+    case 1: value_tile<P, MR, 1>(w, first, c, v0, v1, keys); break;
+    case 2: value_tile<P, MR, 2>(w, first, c, v0, v1, keys); break;
+    case 3: value_tile<P, MR, 3>(w, first, c, v0, v1, keys); break;
+  }
+}
+
+template <class P, int MR>
+static void chunk_rows(const Attend& w, int head, int first, int key, int keys,
+                       const typename P::E* const* b, const typename P::E* v0,
+                       const typename P::E* v1) {
+  bool any = false, all = keys % kGroup == 0;
+  for (int r = first; r < first + MR; ++r) {
+    any |= w.low[r] < key + keys && w.high[r] > key;
+    all &= w.low[r] <= key && w.high[r] >= key + keys;
+  }
+  if (!any) return;
+  const int groups = (keys + kGroup - 1) / kGroup;
+  if (all) {
+    score_rows<P, MR, false>(w, head, first, key, b, groups);
+  } else {
+    score_rows<P, MR, true>(w, head, first, key, b, groups);
+  }
+  value_rows<P, MR>(w, first, v0, v1, keys);
+}
+
+template <class P>
+static void own_key(const Attend& w, int head, int row) {
+  typedef typename P::E E;
+  const Shape& s = *w.shape;
+  const int own = w.places[row].own;
+  const E* q = (const E*)w.q + ((int64_t)row * s.heads + head) * s.d_qk_padded;
+  const E* k = (const E*)w.own_k + ((int64_t)own * s.heads + head) * s.d_qk_padded;
+  F sum = f_zero();
+  int c = 0;
+  for (; c + kGroup <= s.d_qk_padded; c += kGroup) {
+    sum = f_fma(P::load(q + c), P::load(k + c), sum);
+  }
+  if (c < s.d_qk_padded) {
+    E rest[2][kGroup] = {};
+    __builtin_memcpy(rest[0], q + c, sizeof(E) * (s.d_qk_padded - c));
+    __builtin_memcpy(rest[1], k + c, sizeof(E) * (s.d_qk_padded - c));
+    sum = f_fma(P::load(rest[0]), P::load(rest[1]), sum);
+  }
+  const float score = f_sum(sum) + (w.own_bias ? w.own_bias[row] : 0.0f);
+  const F weight = silu<true>(f_set1(score));
+  const E* v = (const E*)w.own_v + ((int64_t)own * s.heads + head) * s.d_v_padded;
+  float* sums = w.sums + (int64_t)row * s.d_v_padded;
+  for (int i = 0; i < s.d_v_padded; i += kGroup) {
+    f_store(sums + i, f_fma(weight, P::load(v + i), f_load(sums + i)));
+  }
+}
+
+template <class P>
+static void attend(const Attend* work) {
+  typedef typename P::E E;
+  const Attend& w = *work;
+  const Shape& s = *w.shape;
+  int begin = w.keys, end = 0;
+  for (int r = 0; r < w.count; ++r) {
+    if (w.low[r] < w.high[r]) {
+      begin = w.low[r] < begin ? w.low[r] : begin;
+      end = w.high[r] > end ? w.high[r] : end;
+    }
+  }
+  for (int head = 0; head < s.heads; ++head) {
+    for (int i = 0; i < w.count * s.d_v_padded; i += kGroup) f_store(w.sums + i, f_zero());
+    for (int key = begin / kChunk * kChunk; key < end; key += kChunk) {
+      const int keys = w.keys - key < kChunk ? w.keys - key : kChunk;
+      const E* b[4];
+      const E* v[2] = {nullptr, nullptr};
+      for (int part = 0; part * kBlockTokens < keys; ++part) {
+        const uint8_t* block = w.blocks[key / kBlockTokens + part] + w.layer_offset;
+        const E* k = (const E*)(block + head * s.k_head_bytes);
+        b[2 * part] = k;
+        b[2 * part + 1] = k + (int64_t)s.d_qk_padded * kGroup;
+        v[part] = (const E*)(block + s.heads * s.k_head_bytes + head * s.v_head_bytes);
+      }
+      int r = 0;
+      for (; r + kTileRows <= w.count; r += kTileRows) {
+        chunk_rows<P, kTileRows>(w, head, r, key, keys, b, v[0], v[1]);
+      }
+      switch (w.count - r) {
+        case 1: chunk_rows<P, 1>(w, head, r, key, keys, b, v[0], v[1]); break;
+        case 2: chunk_rows<P, 2>(w, head, r, key, keys, b, v[0], v[1]); break;
+        case 3: chunk_rows<P, 3>(w, head, r, key, keys, b, v[0], v[1]); break;
+        case 4: chunk_rows<P, 4>(w, head, r, key, keys, b, v[0], v[1]); break;
+        case 5: chunk_rows<P, 5>(w, head, r, key, keys, b, v[0], v[1]); break;
+      }
+    }
+    const F scale = f_set1(w.scale);
+    for (int r = 0; r < w.count; ++r) {
+      if (w.places[r].own >= 0) own_key<P>(w, head, r);
+      const float* sums = w.sums + (int64_t)r * s.d_v_padded;
+      float* out = w.out + ((int64_t)r * s.heads + head) * s.d_v;
+      int c = 0;
+      for (; c + kGroup <= s.d_v; c += kGroup) f_store(out + c, f_mul(f_load(sums + c), scale));
+      if (c < s.d_v) f_store_n(out + c, f_mul(f_load(sums + c), scale), s.d_v - c);
+    }
+  }
+}
+
+// ── Norms and gates ─────────────────────────────────────────────────────────────────────────
+
+// Mean and 1/sqrt(variance + eps) of n floats.
+static inline void moments(const float* x, int n, float eps, float* mean, float* inverse) {
+  F sum = f_zero();
+  int c = 0;
+  for (; c + kGroup <= n; c += kGroup) sum = f_add(sum, f_load(x + c));
+  if (c < n) sum = f_add(sum, f_load_n(x + c, n - c));
+  const float m = f_sum(sum) / n;
+  const F mv = f_set1(m);
+  F squares = f_zero();
+  for (c = 0; c + kGroup <= n; c += kGroup) {
+    const F d = f_sub(f_load(x + c), mv);
+    squares = f_fma(d, d, squares);
+  }
+  if (c < n) {
+    const F d = f_keep((1u << (n - c)) - 1, f_sub(f_load_n(x + c, n - c), mv));
+    squares = f_fma(d, d, squares);
+  }
+  *mean = m;
+  *inverse = 1.0f / __builtin_sqrtf(f_sum(squares) / n + eps);
+}
+
+static inline void normalize(const float* x, int n, float eps, const float* weight,
+                             const float* bias, float* y) {
+  float mean, inverse;
+  moments(x, n, eps, &mean, &inverse);
+  const F m = f_set1(mean), i = f_set1(inverse);
+  for (int c = 0; c < n; c += kGroup) {
+    const int k = n - c < kGroup ? n - c : kGroup;
+    F v = f_mul(f_sub(f_load_n(x + c, k), m), i);
+    if (weight) v = f_mul(v, f_load_n(weight + c, k));
+    if (bias) v = f_add(v, f_load_n(bias + c, k));
+    f_store_n(y + c, v, k);
+  }
+}
+
+template <class P>
+static void norm_rows(const float* x, int32_t count, int32_t width, const Norm* norm,
+                      const uint8_t* groups, void* rows, int64_t stride) {
+  typedef typename P::E E;
+  for (int r = 0; r < count; ++r) {
+    const float* row = x + (int64_t)r * width;
+    const int64_t group = groups ? groups[r] : 0;
+    const float* weight = norm->weight ? norm->weight + group * width : nullptr;
+    const float* bias = norm->bias ? norm->bias + group * width : nullptr;
+    float mean, inverse;
+    moments(row, width, norm->eps, &mean, &inverse);
+    const F m = f_set1(mean), i = f_set1(inverse);
+    E* target = (E*)rows + r * stride;
+    for (int c = 0; c < stride; c += kGroup) {
+      const int k = width - c < kGroup ? (width > c ? width - c : 0) : kGroup;
+      F v = f_mul(f_sub(f_load_n(row + c, k), m), i);
+      if (weight) v = f_mul(v, f_load_n(weight + c, k));
+      if (bias) v = f_add(v, f_load_n(bias + c, k));
+      if (k < kGroup) v = f_keep((1u << k) - 1, v);
+      P::store(target + c, v);
+    }
+  }
+}
+
+template <class P>
+static void gate_rows(int32_t gate, int32_t head_norm, const float* u, const float* a,
+                      int32_t count, int32_t heads, int32_t d_v, const Norm* norm,
+                      const uint8_t* groups, float* scratch, void* rows, int64_t stride) {
+  typedef typename P::E E;
+  const int width = heads * d_v;
+  float* product = scratch;          // what is normalized, where that is not `a`
+  float* normed = scratch + width;
+  for (int r = 0; r < count; ++r) {
+    const float* ur = u + (int64_t)r * width;
+    const float* ar = a + (int64_t)r * width;
+    E* target = (E*)rows + r * stride;
+    const int64_t group = groups ? groups[r] : 0;
+    const float* weight = norm->weight ? norm->weight + group * width : nullptr;
+    const float* bias = norm->bias ? norm->bias + group * width : nullptr;
+    const float* source = ar;
+    if (gate == gr::kNormOfProduct) {
+      for (int c = 0; c < width; c += kGroup) {
+        const int k = width - c < kGroup ? width - c : kGroup;
+        f_store_n(product + c, f_mul(f_load_n(ur + c, k), f_load_n(ar + c, k)), k);
+      }
+      source = product;
+    }
+    const int parts = head_norm ? heads : 1, part = head_norm ? d_v : width;
+    for (int h = 0; h < parts; ++h) {
+      normalize(source + h * part, part, norm->eps, weight ? weight + h * part : nullptr,
+                bias ? bias + h * part : nullptr, normed + h * part);
+    }
+    int column = 0;  // of the target
+    auto emit = [&](auto&& value) {
+      for (int c = 0; c < width; c += kGroup) {
+        const int k = width - c < kGroup ? width - c : kGroup;
+        const F v = value(c, k);
+        if (k == kGroup) {
+          P::store(target + column + c, v);
+        } else {
+          E rest[kGroup];
+          P::store(rest, v);
+          for (int i = 0; i < k; ++i) target[column + c + i] = rest[i];
+        }
+      }
+      column += width;
+    };
+    auto product_of = [&](int c, int k) { return f_mul(f_load_n(ur + c, k), f_load_n(normed + c, k)); };
+    switch (gate) {
+      case gr::kUTimesNorm: emit(product_of); break;
+      case gr::kUNormProduct:
+        emit([&](int c, int k) { return f_load_n(ur + c, k); });
+        emit([&](int c, int k) { return f_load_n(normed + c, k); });
+        emit(product_of);
+        break;
+      case gr::kUAttentionProduct:
+        emit([&](int c, int k) { return f_load_n(ur + c, k); });
+        emit([&](int c, int k) { return f_load_n(ar + c, k); });
+        emit(product_of);
+        break;
+      default: emit([&](int c, int k) { return f_load_n(normed + c, k); }); break;
+    }
+    for (; column < stride; ++column) target[column] = 0;
+  }
+}
+
+// ── Packing ─────────────────────────────────────────────────────────────────────────────────
+
+// Rows of a (columns, depth) matrix, as the columns of a panel.
+template <class P>
+static void pack(const float* source, int64_t row_stride, int64_t columns, int64_t depth,
+                 int64_t padded_depth, void* target) {
+  typedef typename P::E E;
+  E* out = (E*)target;
+  for (int64_t group = 0; group * kGroup < columns; ++group) {
+    for (int64_t k = 0; k < padded_depth; k += P::kStep) {
+      for (int64_t c = 0; c < kGroup; ++c) {
+        for (int64_t i = 0; i < P::kStep; ++i) {
+          const int64_t column = group * kGroup + c;
+          float lane[kGroup] = {};
+          lane[0] = column < columns && k + i < depth ? source[column * row_stride + k + i] : 0.0f;
+          E one[kGroup];
+          P::store(one, f_load(lane));
+          *out++ = one[0];
+        }
+      }
+    }
+  }
+}
+
+template <class P>
+static constexpr gr::Kernels kernels(const char* name) {
+  return {name,         sizeof(typename P::E), P::kStep,  pack<P>,     norm_rows<P>,
+          linear<P>,    attend<P>,             gate_rows<P>};
+}
+
+}  // namespace GR_ISA
