@@ -448,7 +448,7 @@ def verdicts(report: Mapping[str, Any], model: str) -> list[str]:
         elif side not in broken:
             best[side] = rate
     return [
-        f"- {side}: {f'{rate:g}/s' if rate else 'no rate measured'} within p99 < "
+        f"- {side}: {f'up to {rate:g}/s' if rate else 'at none of the rates'} within p99 < "
         f"{TARGET_P99_MS} ms" + (", as aimed at" if rate >= TARGET_RATE else "")
         for side, rate in best.items()
     ]

@@ -70,8 +70,9 @@ class Tally:
     reused: int = 0
     queue_s: float = 0.0
     compute_s: float = 0.0
+    stages: int = 0
     batched: int = 0
-    """Sum of the sizes of the batches that answers were computed in."""
+    """Sum over the stages of the sizes of their batches."""
 
     def add(self, answer: pb.RecommendResponse, seconds: float) -> None:
         self.latencies.append(seconds)
@@ -80,6 +81,7 @@ class Tally:
             self.reused += stage.tokens_reused
             self.queue_s += stage.queue_seconds
             self.compute_s += stage.compute_seconds / max(1, stage.batch_size)
+            self.stages += 1
             self.batched += stage.batch_size
 
     def summary(self, seconds: float) -> dict[str, Any]:
@@ -95,7 +97,7 @@ class Tally:
             "reused": self.reused / max(1, self.tokens),
             "queue_ms": 1e3 * self.queue_s / each,
             "compute_ms": 1e3 * self.compute_s / each,
-            "batch": self.batched / each,
+            "batch": self.batched / max(1, self.stages),
         }
 
 
