@@ -217,7 +217,9 @@ def _small_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tier, "_SMALLEST", 16384)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, 111, 118])
+@pytest.mark.parametrize(
+    "seed", [0, 111, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 118))]
+)
 @pytest.mark.parametrize("with_file", [False, True])
 def test_thousands_of_requests(tmp_path: Path, seed: int, with_file: bool) -> None:
     rng = random.Random(seed)

@@ -177,7 +177,10 @@ def test_who_shares_a_block_is_known_after_a_restart(tmp_path: Path) -> None:
     cache.close()
     cache = open_cache(path)
     assert cache.evict("ada") == 8 - 3
-    assert client_of(cache).serve(b"", items_of(1)) == 12
+    assert client_of(cache).serve(b"", items_of(1)[:12], owner="bob") == 12
+    cache.close()
+    cache = open_cache(path)
+    assert cache.evict("bob") == 3, "it is nobody else's any more"
     assert client_of(cache).serve(b"", items_of(2)) == 30
     assert b"ada" not in path.read_bytes(), "names of users are not kept"
 
