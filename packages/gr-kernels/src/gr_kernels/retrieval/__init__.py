@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gr_core.types import FloatArray
+from gr_kernels.choice import wanted_isa
+from gr_kernels.native import probe_stack
 
 
 class ItemIndex(Protocol):
@@ -22,11 +24,18 @@ class ItemIndex(Protocol):
 
 
 def make_index(table_ID: Any, kind: str, threads: int) -> ItemIndex:
-    """An index of the rows 1.. of a float32 table: ``exact`` or ``hnsw``."""
+    """An index of the rows 1.. of a float32 table: ``exact`` or ``hnsw``.
+
+    The exact one is in C++ where this installation and the environment have that, else in torch.
+    """
     if kind == "hnsw":
         from gr_kernels.retrieval.hnsw import HNSWIndex
 
         return HNSWIndex(table_ID, threads)
+    if wanted_isa() != "torch" and probe_stack("float32")[0]:
+        from gr_kernels.retrieval.exact import ExactIndex
+
+        return ExactIndex(table_ID, threads)
     from gr_kernels.retrieval.blocked import BlockedIndex
 
     return BlockedIndex(table_ID)

@@ -20,7 +20,7 @@ from gr_kernels.native import library
 
 
 class ExactIndex:
-    """Implements `ItemIndex`, in float32. Of equal scores the lower row comes first; NaN comes last.
+    """Implements `ItemIndex`, in float32. Of equal scores the lower row comes first, NaN last.
 
     Holds the table once, in the order that the kernels read. What a user gets depends neither on
     the other users nor on the number of threads. Thread-safe: searches wait for each other.
@@ -34,7 +34,9 @@ class ExactIndex:
         except (OSError, AttributeError) as error:
             raise PlanError(f"the exact index is not to be had: {error}") from error
         if table_ID.dim() != 2 or not 1 <= len(table_ID) < 2**31 or not table_ID.shape[1]:
-            raise ValueError(f"table has the shape {tuple(table_ID.shape)}; expected (items, width)")
+            raise ValueError(
+                f"table has the shape {tuple(table_ID.shape)}; expected (items, width)"
+            )
         if not 1 <= threads <= 1024:
             raise ValueError(f"threads is {threads}; expected 1 to 1024")
         table_ID = table_ID.detach().to("cpu", torch.float32).contiguous()
@@ -45,8 +47,8 @@ class ExactIndex:
         )
         if not self._handle:
             raise PlanError(
-                f"the exact index of {self._items} items is not to be had: this processor lacks the "
-                f"instruction set {isa!r}, or there is no memory"
+                f"the exact index of {self._items} items is not to be had: this processor lacks "
+                f"the instruction set {isa!r}, or there is no memory"
             )
 
     def search(self, users_BD: Any, k: int) -> tuple[FloatArray, npt.NDArray[np.int64]]:
