@@ -34,9 +34,7 @@ class ExactIndex:
         except (OSError, AttributeError) as error:
             raise PlanError(f"the exact index is not to be had: {error}") from error
         if table_ID.dim() != 2 or not 1 <= len(table_ID) < 2**31 or not table_ID.shape[1]:
-            raise ValueError(
-                f"table has the shape {tuple(table_ID.shape)}; expected (items, width)"
-            )
+            raise ValueError(f"table is {tuple(table_ID.shape)}; expected (items, width)")
         if not 1 <= threads <= 1024:
             raise ValueError(f"threads is {threads}; expected 1 to 1024")
         table_ID = table_ID.detach().to("cpu", torch.float32).contiguous()
