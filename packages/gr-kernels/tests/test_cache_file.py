@@ -172,6 +172,7 @@ def test_who_shares_a_block_is_known_after_a_restart(tmp_path: Path) -> None:
     cache = open_cache(path)
     client = client_of(cache)
     client.serve(b"", items_of(1), owner="ada")
+    client.serve(b"", items_of(1)[:12], owner="ada")
     client.serve(b"", items_of(1)[:12], owner="bob")
     client.serve(b"", items_of(2))
     cache.close()
