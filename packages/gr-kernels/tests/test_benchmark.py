@@ -264,6 +264,7 @@ def test_mistakes_of_the_user_are_explained():
     for arguments, what in (
         (["--side", "nobody"], "no side 'nobody'; there are: native-bf16"),
         (["--growth", "--point", TINY], "--growth has points of its own"),
+        (["--json", f"{__file__}/out.json"], "cannot be written"),
     ):
         with pytest.raises(UserError, match=what):
             raise bench(*arguments).exception  # type: ignore[misc]
@@ -276,6 +277,22 @@ def test_a_side_that_cannot_run_is_named_with_its_reason(monkeypatch: pytest.Mon
     assert inductor is not None
     assert "no-such-compiler" in inductor.skipped
     assert inductor.cpu_ms is None
+
+
+def test_a_tool_that_fails_is_left_out_with_its_reason():
+    class Failing(peers.DenseBFloat16):
+        name = "failing-bf16"
+
+        def run(self) -> None:
+            raise ValueError("no such operator\nand a long trace")
+
+    result = measure_point(Point.parse(TINY), [*kinds("native-bf16", "dense-bf16"), Failing], QUICK)
+    failing, dense = result.side("failing-bf16"), result.side("dense-bf16")
+    assert failing is not None
+    assert failing.failed
+    assert failing.skipped == "ValueError: no such operator"
+    assert dense is not None
+    assert dense.cpu_ms is not None
 
 
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path):
@@ -317,12 +334,12 @@ def test_the_command_imports_nothing_heavy():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_of_a_run_is_that_of_its_temporaries():
-    labels = ["1/64/512/8", "1/64/1024/8"]
+    labels = ["1/64/512/8", "1/64/1024/8", "1/64/2000+48/16"]
     measured, trouble = peak_bytes("dense-fp32", labels, 1)
     assert not trouble
     for label in labels:
-        tokens = Point.parse(label).tokens
-        scores = 4 * tokens**2 * 4
+        point = Point.parse(label)
+        scores = 4 * point.tokens * (point.cached + point.tokens) * 4
         # Scores in float32 are there once, and what else there is is small. The kernel counts
         # resident pages in batches.
         assert 0.95 * scores <= measured[label] <= 1.5 * scores + 2**23

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,6 +68,9 @@ def bench_stack(
     is shown for what is wrong, and the command then ends with 1. Files are written at the end,
     whole or not at all.
     """
+    for file in (json_file, markdown_file):
+        if file is not None:
+            _check_writable(file)
     if growth and labels:
         raise UserError("--growth has points of its own; leave out --point or --growth")
     from gr_kernels.benchmark.points import GRID, Point
@@ -102,6 +106,14 @@ def bench_stack(
             err=True,
         )
     return 1 if report.wrong else 0
+
+
+def _check_writable(file: Path) -> None:
+    """Before the measurements rather than after them."""
+    folder = file.absolute().parent
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{file} cannot be written: {there} is not a folder to write to")
 
 
 def _chosen(names: Sequence[str], sides: Sequence[type[Side]]) -> Sequence[type[Side]]:
@@ -180,10 +192,10 @@ def _print(report: Report) -> None:
     for name, points in report.series.items():
         title = f"\n{name}: CPU milliseconds"
         if name == tables.GRID:
-            table(*tables.times_table(points), title=title)
+            table(*report.times_table(points), title=title)
             if any(point.demands for point in points):
                 title = "\nHow many times faster the native side is"
-                table(*tables.demands_table(points), title=title)
+                table(*report.demands_table(points), title=title)
         else:
             table(*tables.growth_table(points), title=title)
             table(*tables.doubling_table(points), title=f"\n{name}: times the point before")

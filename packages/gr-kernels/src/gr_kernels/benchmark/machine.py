@@ -32,11 +32,22 @@ def keep_freed_memory() -> bool:
     Without it, PyTorch's large temporaries are mapped, cleared page by page and unmapped again and
     again, which is a good part of the time of those sides that have them.
     """
+    return _mallopt(mmap_threshold=2**30, trim_threshold=2**31 - 1)
+
+
+def return_freed_memory() -> bool:
+    """Tells malloc to return what is freed, small pieces aside; whether it could be told."""
+    return _mallopt(mmap_threshold=2**16, trim_threshold=0)
+
+
+def _mallopt(*, mmap_threshold: int, trim_threshold: int) -> bool:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
-        return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, 2**30) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+        return False  # another C library
+    return bool(
+        mallopt(_M_MMAP_THRESHOLD, mmap_threshold) and mallopt(_M_TRIM_THRESHOLD, trim_threshold)
+    )
 
 
 def describe() -> Mapping[str, Any]:

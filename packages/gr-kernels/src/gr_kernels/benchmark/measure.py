@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gr_kernels.benchmark.peers import NATIVE, SIDES, Side, reference_rows
+from gr_kernels.benchmark.peers import NATIVE, SIDES, JaggedSide, Side, reference_rows
 from gr_kernels.benchmark.points import TARGETS_MS, Point, demanded_ratios
 from gr_kernels.benchmark.work import make_work
 
@@ -51,7 +51,8 @@ class SideResult:
     compared_with: str = ""
     faster: float | None = None
     """How many times the native side of the same precision is faster: the median, within rounds,
-    of the ratio of processor times."""
+    of the ratio of processor times; with several threads, which take processor time while they
+    wait for each other, of wall times."""
     faster_quartiles: tuple[float, float] | None = None
     withheld: str = ""
     """Why that is not told, although both ran: one of the two is wrong."""
@@ -137,10 +138,12 @@ def measure_point(
                 side.before()
                 side.run()
                 seconds = _slice(side)[1]
-            except (ImportError, RuntimeError) as error:
-                # A peer that does not work here; the comparison goes on without it.
-                result.skipped = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-                result.failed = True
+            except Exception as error:
+                if issubclass(kind, JaggedSide):
+                    raise
+                # Compilers and other runtimes raise what they like; the others can be compared.
+                lines = str(error).strip().splitlines() or [""]
+                result.skipped, result.failed = f"{type(error).__name__}: {lines[0]}", True
                 continue
             result.implementation = side.implementation
             if kind.limit is not None:
@@ -155,7 +158,7 @@ def measure_point(
     for name, (side, _) in ready.items():
         _summarize(results[name], side)
     for name, (side, _) in ready.items():
-        _compare(results[name], results.get(NATIVE[side.dtype]))
+        _compare(results[name], results.get(NATIVE[side.dtype]), settings.threads)
     return PointResult(point, list(results.values()))
 
 
@@ -198,7 +201,7 @@ def _summarize(result: SideResult, side: Side) -> None:
         result.gflops_per_s = work / result.cpu_ms * 1e3
 
 
-def _compare(result: SideResult, native: SideResult | None) -> None:
+def _compare(result: SideResult, native: SideResult | None, threads: int) -> None:
     """Fills in how many times the native side is faster, or why that is not told."""
     if native is None or native is result or native.skipped:
         return
@@ -206,9 +209,10 @@ def _compare(result: SideResult, native: SideResult | None) -> None:
     if wrong:
         result.withheld = f"{' and '.join(wrong)} wrong"
         return
+    times = (result.cpu_s, native.cpu_s) if threads == 1 else (result.wall_s, native.wall_s)
     ratios = [
         theirs / ours
-        for theirs, ours in zip(result.cpu_s, native.cpu_s, strict=True)
+        for theirs, ours in zip(*times, strict=True)
         if theirs is not None and ours is not None
     ]
     if ratios:

@@ -4,8 +4,8 @@
 
 What is reported is the largest resident size of the process during one run less the resident size
 before it, weights, input and mask being there: the temporaries and, of the native side, its
-workspace and the blocks of K and V that the run writes. The process keeps malloc's defaults, so
-that what a point needed does not hide what the next one needs.
+workspace and the blocks of K and V that the run writes. malloc returns what is freed, so that
+what was needed before does not hide what the run needs.
 """
 
 from __future__ import annotations
@@ -43,12 +43,14 @@ def peak_bytes(side: str, points: Sequence[str], threads: int) -> tuple[Mapping[
 def _measure(name: str, threads: int, labels: Sequence[str]) -> None:
     import torch
 
+    from gr_kernels.benchmark.machine import return_freed_memory
     from gr_kernels.benchmark.peers import SIDES
     from gr_kernels.benchmark.points import Point
     from gr_kernels.benchmark.work import make_work
 
     (kind,) = (kind for kind in SIDES if kind.name == name)
     torch.set_num_threads(threads)
+    return_freed_memory()
     for label in labels:
         side = kind(make_work(Point.parse(label)), threads)
         if kind.compiles:

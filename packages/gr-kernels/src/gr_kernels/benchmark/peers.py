@@ -112,6 +112,9 @@ class JaggedSide(Side):
             self._stack.run(
                 cached_TD, [self._segment(user, 0, point.cached, 0) for user in range(point.users)]
             )
+            # One that has not grown by that.
+            self._stack.close()
+            self._stack = self.make(self.work.stack)
 
     @abstractmethod
     def make(self, stack: Stack) -> HSTUStack: ...
