@@ -35,7 +35,7 @@ def measure_growth(
     series: Mapping[str, Sequence[Point]] = SERIES,
     advance: Callable[[str], None] = lambda step: None,
 ) -> Mapping[str, Sequence[PointResult]]:
-    """A side leaves a series where the next point could take it longer than ``settings.seconds``.
+    """A side leaves a series where the next point could take it more than ``settings.seconds``.
 
     Each point is twice the one before, and so at most four times its work.
     """
@@ -51,7 +51,7 @@ def measure_growth(
             slow = {
                 side.name
                 for side in result.sides
-                if side.wall_ms is not None and 4 * side.wall_ms > settings.seconds * 1e3
+                if side.cpu_ms is not None and 4 * side.cpu_ms > settings.seconds * 1e3
             }
             remaining = [kind for kind in remaining if kind.name not in slow]
     return measured
