@@ -3,6 +3,7 @@
 #include <new>
 #include <string>
 
+#include "attention_op.h"
 #include "gr_kernels.h"
 #include "isa.h"
 #include "stack.h"
@@ -18,6 +19,13 @@ thread_local std::string last_error;
 int32_t fail(int32_t status, const std::string& message) {
   last_error = message;
   return status;
+}
+
+const gr::Kernels* find_kernels(int dtype, const char* instruction_set) {
+  for (const gr::Kernels* const* k = gr::kernels_for(dtype); *k; ++k) {
+    if (std::strcmp((*k)->name, instruction_set) == 0) return *k;
+  }
+  return nullptr;
 }
 
 std::string wrong_in(const gr_stack_config& c) {
@@ -52,6 +60,23 @@ const char* gr_instruction_sets(int32_t dtype) {
   return names.c_str();
 }
 
+int32_t gr_hstu_attention(const gr_attention_call* call, const char* instruction_set) {
+  if (!call || !instruction_set) return fail(GR_INVALID, "no call or no instruction set");
+  const gr::Kernels* kernels = find_kernels(call->dtype, instruction_set);
+  if (!kernels) kernels = find_kernels(GR_FLOAT32, instruction_set);
+  if (!kernels) {
+    return fail(GR_INVALID, std::string("no kernels for ") + instruction_set + " on this processor");
+  }
+  try {
+    gr::hstu_attention(*call, *kernels);
+    return GR_OK;
+  } catch (const std::bad_alloc&) {
+    return fail(GR_NO_MEMORY, "not enough memory for the keys");
+  } catch (const std::exception& error) {
+    return fail(GR_INVALID, error.what());
+  }
+}
+
 gr_stack* gr_stack_create(const gr_stack_config* config, const gr_layer_weights* layers,
                           const char* instruction_set, int32_t threads) {
   if (!config || !layers || !instruction_set || threads < 1 || threads > 1024) {
@@ -68,18 +93,18 @@ gr_stack* gr_stack_create(const gr_stack_config* config, const gr_layer_weights*
       return nullptr;
     }
   }
-  for (const gr::Kernels* const* k = gr::kernels_for(config->dtype); *k; ++k) {
-    if (std::strcmp((*k)->name, instruction_set) != 0) continue;
-    try {
-      return new gr_stack{{*config, layers, **k, threads}};
-    } catch (const std::bad_alloc&) {
-      fail(GR_NO_MEMORY, "not enough memory for the weights");
-    } catch (const std::exception& error) {
-      fail(GR_INVALID, error.what());
-    }
+  const gr::Kernels* kernels = find_kernels(config->dtype, instruction_set);
+  if (!kernels) {
+    fail(GR_INVALID, std::string("no kernels for ") + instruction_set + " on this processor");
     return nullptr;
   }
-  fail(GR_INVALID, std::string("no kernels for ") + instruction_set + " on this processor");
+  try {
+    return new gr_stack{{*config, layers, *kernels, threads}};
+  } catch (const std::bad_alloc&) {
+    fail(GR_NO_MEMORY, "not enough memory for the weights");
+  } catch (const std::exception& error) {
+    fail(GR_INVALID, error.what());
+  }
   return nullptr;
 }
 

@@ -60,6 +60,25 @@ GR_API const char* gr_last_error(void);
  * separated by spaces, empty if there is none. */
 GR_API const char* gr_instruction_sets(int32_t dtype);
 
+/* The op hstu_attention on plain tensors, see gr_kernels/ops/hstu_attention/interface.py: T queries,
+ * S keys, B sequences, H heads, K columns of Q and K per head, V columns of V per head. All are
+ * contiguous, and their places checked by the caller. */
+typedef struct {
+  int32_t dtype;                /* of q, k, v and out */
+  int32_t threads, heads, d_qk, d_v;
+  int64_t sequences;
+  float alpha, divisor;
+  const void *q, *k, *v;        /* (T, H, K), (S, H, K), (S, H, V) */
+  const int64_t *query_offsets, *key_offsets;  /* (B + 1) */
+  const int32_t *low, *high, *own;             /* (T), places within the query's sequence */
+  const float* bias;            /* all pairs of all sequences, or null */
+  const int64_t* bias_offsets;  /* (B) where each sequence's begin */
+  void* out;                    /* (T, H, V); rows of no sequence are left alone */
+} gr_attention_call;
+
+/* bfloat16 may also be computed on an instruction set that has float32 alone. */
+GR_API int32_t gr_hstu_attention(const gr_attention_call* call, const char* instruction_set);
+
 /* Converts the weights; the caller's memory is not needed afterwards. Null on failure. */
 GR_API gr_stack* gr_stack_create(const gr_stack_config* config, const gr_layer_weights* layers,
                           const char* instruction_set, int32_t threads);

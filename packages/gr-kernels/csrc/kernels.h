@@ -105,6 +105,9 @@ struct Kernels {
   void (*gate_rows)(int32_t gate, int32_t head_norm, const float* u, const float* a,
                     int32_t count, int32_t heads, int32_t d_v, const Norm* norm,
                     const uint8_t* groups, float* scratch, void* rows, int64_t stride);
+  // Q, K and V, (heads, width) each or null, to where the attention reads them.
+  void (*place_token)(const Shape* shape, const float* q, float scale, const float* k,
+                      const float* v, const RowPlace* at, void* q_row, void* own_k, void* own_v);
 };
 
 }  // namespace gr

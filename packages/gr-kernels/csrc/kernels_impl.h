@@ -43,19 +43,6 @@ static inline __attribute__((always_inline)) void multiply(F (&acc)[MR][NV],
 // ── Linear ──────────────────────────────────────────────────────────────────────────────────
 
 template <class P>
-static inline void store_v(typename P::E* head, int slot, const float* values, int d, int padded) {
-  typedef typename P::E E;
-  for (int c = 0; c < padded; c += kGroup) {
-    E row[kGroup];
-    const int n = d - c;
-    P::store(row, n >= kGroup ? f_load(values + c) : f_load_n(values + c, n > 0 ? n : 0));
-    E* group = head + (int64_t)c * kBlockTokens + (slot / P::kStep) * kGroup * P::kStep +
-               slot % P::kStep;
-    for (int i = 0; i < kGroup; ++i) group[i * P::kStep] = row[i];
-  }
-}
-
-template <class P>
 static inline void store_row(typename P::E* target, const float* values, int d, int padded) {
   for (int c = 0; c < padded; c += kGroup) {
     const int n = d - c;
@@ -70,7 +57,61 @@ static inline void store_row(typename P::E* target, const float* values, int d, 
   }
 }
 
-// What a tile of results becomes: MR rows of up to 64 columns in `tile`.
+// Columns of one head of a row's query, from `column` on; zeros fill the head's last step.
+template <class P>
+static inline void place_query(const Shape& s, const float* values, int head, int column,
+                               int columns, typename P::E* q) {
+  store_row<P>(q + (int64_t)head * s.d_qk_padded + column, values, columns,
+               column + columns == s.d_qk ? s.d_qk_padded - column : columns);
+}
+
+// The same of its key: into the block, (d_qk_padded / step, 16, step) for each group of 16 tokens,
+// and to the own keys.
+template <class P>
+static inline void place_key(const Shape& s, const float* values, int head, int column,
+                             int columns, const RowPlace& at, int64_t layer_offset, void* own_k) {
+  typedef typename P::E E;
+  const int padded = column + columns == s.d_qk ? s.d_qk_padded - column : columns;
+  if (at.block) {
+    E* group = (E*)(at.block + layer_offset + head * s.k_head_bytes) +
+               (at.slot / kGroup) * (int64_t)s.d_qk_padded * kGroup + (int64_t)column * kGroup +
+               (at.slot % kGroup) * P::kStep;
+    E row[64 + kGroup];
+    store_row<P>(row, values, columns, padded);
+    for (int c = 0; c < padded; c += P::kStep) {
+      __builtin_memcpy(group + c * kGroup, row + c, sizeof(E) * P::kStep);
+    }
+  }
+  if (at.own >= 0) {
+    store_row<P>((E*)own_k + ((int64_t)at.own * s.heads + head) * s.d_qk_padded + column, values,
+                 columns, padded);
+  }
+}
+
+// And of its value: (tokens / step, 16, step) for each group of 16 columns.
+template <class P>
+static inline void place_value(const Shape& s, const float* values, int head, int column,
+                               int columns, const RowPlace& at, int64_t layer_offset,
+                               void* own_v) {
+  typedef typename P::E E;
+  const int padded = (columns + kGroup - 1) / kGroup * kGroup;
+  if (at.block) {
+    E* target = (E*)(at.block + layer_offset + s.heads * s.k_head_bytes + head * s.v_head_bytes) +
+                (int64_t)column * kBlockTokens + (at.slot / P::kStep) * kGroup * P::kStep +
+                at.slot % P::kStep;
+    for (int c = 0; c < padded; c += kGroup) {
+      E row[kGroup];
+      store_row<P>(row, values + c, columns - c, kGroup);
+      for (int i = 0; i < kGroup; ++i) target[(int64_t)c * kBlockTokens + i * P::kStep] = row[i];
+    }
+  }
+  if (at.own >= 0) {
+    store_row<P>((E*)own_v + ((int64_t)at.own * s.heads + head) * s.d_v_padded + column, values,
+                 columns, padded);
+  }
+}
+
+// What a tile of results becomes: rows of up to 64 columns in `tile`.
 template <class P>
 static void place(const Linear& w, int first, int rows, const float (*tile)[64]) {
   typedef typename P::E E;
@@ -82,6 +123,18 @@ static void place(const Linear& w, int first, int rows, const float (*tile)[64])
     switch (p.section) {
       case Section::kU:
         __builtin_memcpy(w.u + row * s.heads * s.d_v + p.column, values, 4 * p.columns);
+        break;
+      case Section::kQ:
+        place_query<P>(s, values, p.head, p.column, p.columns,
+                       (E*)w.q + row * s.heads * s.d_qk_padded);
+        break;
+      case Section::kK:
+        place_key<P>(s, values, p.head, p.column, p.columns, w.places[row], w.layer_offset,
+                     w.own_k);
+        break;
+      case Section::kV:
+        place_value<P>(s, values, p.head, p.column, p.columns, w.places[row], w.layer_offset,
+                       w.own_v);
         break;
       case Section::kOutput: {
         float* x = w.x + row * s.d_model + p.column;
@@ -95,46 +148,29 @@ static void place(const Linear& w, int first, int rows, const float (*tile)[64])
         }
         break;
       }
-      case Section::kQ:
-        store_row<P>((E*)w.q + (row * s.heads + p.head) * s.d_qk_padded + p.column, values,
-                     p.columns,
-                     p.column + p.columns == s.d_qk ? s.d_qk_padded - p.column : p.columns);
-        break;
-      case Section::kK: {
-        const RowPlace& at = w.places[row];
-        const int padded =
-            p.column + p.columns == s.d_qk ? s.d_qk_padded - p.column : p.columns;
-        if (at.block) {
-          E* head = (E*)(at.block + w.layer_offset + p.head * s.k_head_bytes);
-          // Group after group of 16 keys, each (d_qk_padded / step, 16, step).
-          E* group = head + (at.slot / kGroup) * (int64_t)s.d_qk_padded * kGroup +
-                     (int64_t)p.column * kGroup + (at.slot % kGroup) * P::kStep;
-          E part[64 + kGroup];
-          store_row<P>(part, values, p.columns, padded);
-          for (int c = 0; c < padded; c += P::kStep) {
-            __builtin_memcpy(group + c * kGroup, part + c, sizeof(E) * P::kStep);
-          }
-        }
-        if (at.own >= 0) {
-          store_row<P>((E*)w.own_k + ((int64_t)at.own * s.heads + p.head) * s.d_qk_padded + p.column,
-                       values, p.columns, padded);
-        }
-        break;
+    }
+  }
+}
+
+// A token that comes as it is, for attention without a projection before it.
+template <class P>
+static void place_token(const Shape* shape, const float* q, float scale, const float* k,
+                        const float* v, const RowPlace* at, void* q_row, void* own_k,
+                        void* own_v) {
+  const Shape& s = *shape;
+  for (int h = 0; h < s.heads; ++h) {
+    for (int c = 0; c < s.d_qk; c += 64) {
+      const int n = s.d_qk - c < 64 ? s.d_qk - c : 64;
+      if (q) {
+        float scaled[64];
+        for (int i = 0; i < n; ++i) scaled[i] = q[h * s.d_qk + c + i] * scale;
+        place_query<P>(s, scaled, h, c, n, (typename P::E*)q_row);
       }
-      case Section::kV: {
-        const RowPlace& at = w.places[row];
-        const int padded = (p.columns + kGroup - 1) / kGroup * kGroup;
-        if (at.block) {
-          E* head = (E*)(at.block + w.layer_offset + s.heads * s.k_head_bytes +
-                         p.head * s.v_head_bytes);
-          store_v<P>(head + (int64_t)p.column * kBlockTokens, at.slot, values, p.columns, padded);
-        }
-        if (at.own >= 0) {
-          store_row<P>((E*)w.own_v + ((int64_t)at.own * s.heads + p.head) * s.d_v_padded + p.column,
-                       values, p.columns, padded);
-        }
-        break;
-      }
+      if (k) place_key<P>(s, k + h * s.d_qk + c, h, c, n, *at, 0, own_k);
+    }
+    for (int c = 0; v && c < s.d_v; c += 64) {
+      const int n = s.d_v - c < 64 ? s.d_v - c : 64;
+      place_value<P>(s, v + h * s.d_v + c, h, c, n, *at, 0, own_v);
     }
   }
 }
@@ -529,8 +565,8 @@ static void pack(const float* source, int64_t row_stride, int64_t columns, int64
 
 template <class P>
 static constexpr gr::Kernels kernels(const char* name) {
-  return {name,         sizeof(typename P::E), P::kStep,  pack<P>,     norm_rows<P>,
-          linear<P>,    attend<P>,             gate_rows<P>};
+  return {name,      sizeof(typename P::E), P::kStep,     pack<P>,       norm_rows<P>,
+          linear<P>, attend<P>,             gate_rows<P>, place_token<P>};
 }
 
 }  // namespace GR_ISA

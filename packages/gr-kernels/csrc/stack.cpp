@@ -3,11 +3,11 @@
 #include <algorithm>
 #include <cstring>
 
+#include "shape.h"
+
 namespace gr {
 
 namespace {
-
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Reading past the last vector of a row must stay inside of a buffer.
 constexpr int64_t kSlack = 64;
@@ -48,15 +48,7 @@ struct Stack::Batch {
 Stack::Stack(const gr_stack_config& config, const gr_layer_weights* layers, const Kernels& kernels,
              int threads)
     : config_(config), kernels_(kernels), pool_(threads) {
-  const int step = kernels.step, bytes = kernels.element_bytes;
-  shape_.d_model = config.d_model;
-  shape_.heads = config.num_heads;
-  shape_.d_qk = config.d_qk;
-  shape_.d_v = config.d_v;
-  shape_.d_qk_padded = (int32_t)round_up(config.d_qk, step);
-  shape_.d_v_padded = (int32_t)round_up(config.d_v, kGroup);
-  shape_.k_head_bytes = aligned((int64_t)kBlockTokens * shape_.d_qk_padded * bytes);
-  shape_.v_head_bytes = aligned((int64_t)kBlockTokens * shape_.d_v_padded * bytes);
+  shape_ = shape_of(kernels, config.d_model, config.num_heads, config.d_qk, config.d_v);
   layer_bytes_ = shape_.heads * (shape_.k_head_bytes + shape_.v_head_bytes);
   if (config.time_buckets) {
     thresholds_.assign(config.time_thresholds, config.time_thresholds + config.time_buckets - 1);

@@ -32,18 +32,21 @@ IMPLEMENTATIONS = {
     "op": hstu_attention,
     "avx2": cpu.hstu_attention,
     "avx512": cpu.hstu_attention,
+    "auto": cpu.hstu_attention,
 }
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """An implementation; for instruction sets as far as this build and processor have them."""
-    if request.param.startswith("avx"):
-        ok, reason = native.probe_attention()
+    if IMPLEMENTATIONS[request.param] is cpu.hstu_attention:
+        ok, reason = native.probe("float32")
         if not ok:
             pytest.skip(reason)
-        if request.param == "avx512" and native.attention_isa() < 2:
-            pytest.skip("this processor has no AVX-512")
+        if request.param not in {"auto"} | {
+            s for d in native.DTYPES for s in native.instruction_sets(d)
+        }:
+            pytest.skip(f"this processor has no {request.param}")
         monkeypatch.setenv(choice.ISA_VARIABLE, request.param)
     return str(request.param)
 
@@ -159,7 +162,7 @@ def test_implementations_compute_the_equation(name: str, data: st.DataObject):
         padding=data.draw(st.integers(0, 2)),
     )
     right = by_pairs(call)
-    if not name.startswith("avx"):
+    if IMPLEMENTATIONS[name] is not cpu.hstu_attention:
         assert error(call.run(IMPLEMENTATIONS[name]), right) < 1e-12
     assert error(call.to(torch.float32).run(IMPLEMENTATIONS[name]), right) < 1e-5
 
@@ -174,8 +177,8 @@ def test_long_sequences_go_block_by_block(name: str, bias: bool):
 
 
 def test_threads_change_nothing():
-    if not native.probe_attention()[0]:
-        pytest.skip(native.probe_attention()[1])
+    if not native.probe("float32")[0]:
+        pytest.skip(native.probe("float32")[1])
     call = random_call(6, [(70, 90)] * 5, heads=3).to(torch.float32)
     alone = call.run(cpu.hstu_attention)
     before = torch.get_num_threads()
@@ -196,8 +199,8 @@ def test_large_scores_are_no_trouble(name: str):
 
 
 def test_an_instruction_set_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch):
-    if not native.probe_attention()[0]:
-        pytest.skip(native.probe_attention()[1])
+    if not native.probe("float32")[0]:
+        pytest.skip(native.probe("float32")[1])
     monkeypatch.setenv(choice.ISA_VARIABLE, "mmx")
     call = random_call(5, [(3, 5)]).to(torch.float32)
     with pytest.raises(PlanError, match="'mmx'; expected auto, torch, or one of this processor's"):

@@ -42,7 +42,7 @@ def attention_cases(dtype: torch.dtype) -> Sequence[KernelCase]:
 
 @pytest.fixture
 def native_attention() -> None:
-    ok, reason = native.probe_attention()
+    ok, reason = native.probe("float32")
     if not ok:
         pytest.skip(reason)
 

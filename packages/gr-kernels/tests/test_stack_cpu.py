@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gr_core.errors import PlanError
 from gr_core.stack import Stack
-from gr_kernels.native import DTYPES, instruction_sets, probe_stack
+from gr_kernels.native import DTYPES, instruction_sets, probe
 from gr_kernels.ops.hstu_stack.cpu import CpuStack
 from gr_kernels.ops.hstu_stack.interface import Rows
 from gr_kernels.ops.hstu_stack.reference import TorchStack
@@ -22,7 +22,7 @@ from gr_kernels.ops.hstu_stack.reference import TorchStack
 from .stacks import GATES, Blocks, Request, random_request, random_stack, run_whole
 from .test_stack_reference import KINDS, VARIANTS, error
 
-OK, REASON = probe_stack("float32")
+OK, REASON = probe("float32")
 pytestmark = pytest.mark.skipif(not OK, reason=REASON)
 WAYS = [(dtype, isa) for dtype in DTYPES for isa in (instruction_sets(dtype) if OK else ())]
 """Every precision on every instruction set."""

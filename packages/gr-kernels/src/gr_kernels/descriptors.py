@@ -6,7 +6,7 @@ import functools
 from importlib.util import find_spec
 
 from gr_core import KernelDescriptor
-from gr_kernels.native import probe_attention, probe_stack
+from gr_kernels import native
 
 
 def probe_torch() -> tuple[bool, str]:
@@ -43,8 +43,8 @@ KERNELS = (
         device="cpu",
         dtypes=("float32", "bfloat16"),
         priority=20,
-        summary="C++ for AVX2 and AVX-512, float32 inside",
-        probe=probe_attention,
+        summary="C++ for AVX2 and AVX-512, and bfloat16 products where there are any",
+        probe=functools.partial(native.probe, "float32"),
     ),
     KernelDescriptor(
         name="hstu_stack-cpu-bfloat16",
@@ -54,7 +54,7 @@ KERNELS = (
         dtypes=("bfloat16",),
         priority=20,
         summary="all layers in C++ on bfloat16 products, K and V in tiles",
-        probe=functools.partial(probe_stack, "bfloat16"),
+        probe=functools.partial(native.probe, "bfloat16"),
     ),
     KernelDescriptor(
         name="hstu_stack-cpu-float32",
@@ -64,7 +64,7 @@ KERNELS = (
         dtypes=("float32",),
         priority=20,
         summary="all layers in C++ for AVX2 and AVX-512, K and V in tiles",
-        probe=functools.partial(probe_stack, "float32"),
+        probe=functools.partial(native.probe, "float32"),
     ),
     KernelDescriptor(
         name="hstu_stack-torch",

@@ -52,22 +52,7 @@ def instruction_sets(dtype: str) -> tuple[str, ...]:
     return tuple(found.gr_instruction_sets(DTYPES[dtype]).decode().split())
 
 
-def attention_isa() -> int:
-    """The best instruction set for `gr_hstu_attention`: 0 for none, 1 for AVX2, 2 for AVX-512."""
-    return int(library().gr_hstu_attention_isa())
-
-
-def probe_attention() -> tuple[bool, str]:
-    try:
-        isa = attention_isa()
-    except (OSError, AttributeError) as error:
-        return False, str(error)
-    if not isa:
-        return False, "this processor has no AVX2"
-    return True, f"this processor has {('AVX2', 'AVX-512')[isa - 1]}"
-
-
-def probe_stack(dtype: str) -> tuple[bool, str]:
+def probe(dtype: str) -> tuple[bool, str]:
     try:
         sets = instruction_sets(dtype)
     except (OSError, AttributeError) as error:

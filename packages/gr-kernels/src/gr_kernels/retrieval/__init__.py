@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from gr_core.types import FloatArray
 from gr_kernels.choice import wanted_isa
-from gr_kernels.native import probe_stack
+from gr_kernels.native import probe
 
 
 class ItemIndex(Protocol):
@@ -32,7 +32,7 @@ def make_index(table_ID: Any, kind: str, threads: int) -> ItemIndex:
         from gr_kernels.retrieval.hnsw import HNSWIndex
 
         return HNSWIndex(table_ID, threads)
-    if wanted_isa() != "torch" and probe_stack("float32")[0]:
+    if wanted_isa() != "torch" and probe("float32")[0]:
         from gr_kernels.retrieval.exact import ExactIndex
 
         return ExactIndex(table_ID, threads)

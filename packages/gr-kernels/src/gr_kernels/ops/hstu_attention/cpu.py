@@ -1,4 +1,6 @@
-"""The op `hstu_attention` in C++, see csrc/attention_op.h: float32 inside, for AVX2 and AVX-512.
+"""The op `hstu_attention` in C++, on the attention kernels of the stack; see csrc/gr_kernels.h.
+
+bfloat16 is computed in bfloat16 products where the processor has them, else in float32.
 
 Shapes as in `gr_kernels.ops.hstu_attention.interface`.
 """
@@ -12,19 +14,19 @@ import torch
 from torch import Tensor
 
 from gr_core.errors import PlanError
+from gr_kernels import native
 from gr_kernels.choice import wanted_isa
-from gr_kernels.native import attention_isa, library
 from gr_kernels.ops.hstu_attention.interface import sequences
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_NO_MEMORY = 2
 
 
 class _Call(ctypes.Structure):
     """gr_attention_call."""
 
     _fields_ = (
-        ("isa", ctypes.c_int32),
-        ("is_bfloat16", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
         ("threads", ctypes.c_int32),
         ("heads", ctypes.c_int32),
         ("d_qk", ctypes.c_int32),
@@ -54,6 +56,7 @@ def hstu_attention(
     """See `gr_kernels.ops.hstu_attention.interface`. On as many threads as torch has."""
     if q_THK.dtype not in DTYPES:
         raise ValueError(f"q is {q_THK.dtype}; expected float32 or bfloat16")
+    dtype = DTYPES[q_THK.dtype]
     offsets = (query_offsets, key_offsets)
     # Checks the arguments, on which the code in C++ relies.
     found = list(sequences(q_THK, k_SHK, v_SHV, *offsets, low_T, high_T, own_T, bias))
@@ -76,8 +79,7 @@ def hstu_attention(
         "out": a_THV,
     }
     call = _Call(
-        isa=_isa(wanted_isa()),
-        is_bfloat16=q_THK.dtype == torch.bfloat16,
+        dtype=native.DTYPES[dtype],
         threads=torch.get_num_threads(),
         heads=q_THK.shape[1],
         d_qk=q_THK.shape[2],
@@ -87,24 +89,24 @@ def hstu_attention(
         divisor=divisor,
         **{name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()},
     )
-    status = library().gr_hstu_attention(ctypes.byref(call))
-    if status == 2:
+    library = native.library()
+    status = library.gr_hstu_attention(ctypes.byref(call), _isa(dtype, wanted_isa()).encode())
+    if status == _NO_MEMORY:
         raise MemoryError(f"hstu_attention: no memory for {len(k_SHK)} keys")
     assert status == 0
     return a_THV
 
 
-def _isa(wanted: str) -> int:
-    """The number of an instruction set in attention_op.h. Raises `PlanError` for one not here."""
-    best = attention_isa()
+def _isa(dtype: str, wanted: str) -> str:
+    """The instruction set to use. Raises `PlanError` for one that is not here."""
+    sets = tuple(
+        dict.fromkeys((*native.instruction_sets(dtype), *native.instruction_sets("float32")))
+    )
     if wanted in ("auto", "torch"):
-        return best
-    family = [
-        isa for isa, name in ((1, "avx2"), (2, "avx512"), (2, "amx")) if wanted.startswith(name)
-    ]
-    if not family or family[0] > best:
+        return sets[0]
+    if wanted not in sets:
         raise PlanError(
-            f"op hstu_attention: the instruction set asked for is {wanted!r}; expected auto, "
-            f"torch, or one of this processor's: {', '.join(('avx2', 'avx512')[:best])}"
+            f"op hstu_attention in {dtype}: the instruction set asked for is {wanted!r}; expected "
+            f"auto, torch, or one of this processor's: {', '.join(sets)}"
         )
-    return family[0]
+    return wanted
