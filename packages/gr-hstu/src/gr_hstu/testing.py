@@ -70,7 +70,8 @@ def random_module(config: HSTUConfig | MTGRConfig, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         module = build_model(config)
         for name, parameter in module.named_parameters():
-            parameter += (0.15 if parameter.dim() > 1 else 0.1) * torch.randn(parameter.shape)
+            scale = 0.15 if parameter.dim() > 1 else 0.1
+            parameter.add_(scale * torch.randn(parameter.shape))
             if name == "items.weight":
                 parameter[0] = 0.0
     return module

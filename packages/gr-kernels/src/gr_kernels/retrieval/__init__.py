@@ -28,10 +28,15 @@ def make_index(table_ID: Any, kind: str, threads: int) -> ItemIndex:
 
     The exact one is in C++ where this installation and the environment have that, else in torch.
     """
+    exact = _exact(table_ID, threads)
     if kind == "hnsw":
         from gr_kernels.retrieval.hnsw import HNSWIndex
 
-        return HNSWIndex(table_ID, threads)
+        return HNSWIndex(table_ID, threads, exact)
+    return exact
+
+
+def _exact(table_ID: Any, threads: int) -> ItemIndex:
     if wanted_isa() != "torch" and probe("float32")[0]:
         from gr_kernels.retrieval.exact import ExactIndex
 

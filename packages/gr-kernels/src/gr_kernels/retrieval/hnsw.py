@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy.typing as npt
 
 from gr_core.errors import PlanError
 from gr_core.types import FloatArray
-from gr_kernels.retrieval.exact import ExactIndex
+from gr_kernels.retrieval import ItemIndex
 
 _NEIGHBOURS = 32
 _BUILD_BREADTH = 80
@@ -24,9 +25,10 @@ class HNSWIndex:
     fewer than asked, the exact index answers.
     """
 
-    def __init__(self, table_ID: Any, threads: int) -> None:
+    def __init__(self, table_ID: Any, threads: int, exact: ItemIndex) -> None:
+        """Raises `PlanError` where faiss is not installed."""
         try:
-            import faiss
+            faiss: Any = import_module("faiss")  # its types leave out most of it
         except ImportError as error:
             raise PlanError(
                 "engine native: option index is 'hnsw', which needs faiss; "
@@ -34,7 +36,7 @@ class HNSWIndex:
             ) from error
         self._faiss = faiss
         self._threads = threads
-        self._exact = ExactIndex(table_ID, threads)
+        self._exact = exact
         items_ID = np.ascontiguousarray(table_ID[1:].numpy())
         faiss.omp_set_num_threads(threads)
         self._index = faiss.IndexHNSWFlat(
