@@ -97,12 +97,10 @@ static inline void place_value(const Shape& s, const float* values, int head, in
   const int padded = (columns + kGroup - 1) / kGroup * kGroup;
   if (at.block) {
     E* target = (E*)(at.block + layer_offset + s.heads * s.k_head_bytes + head * s.v_head_bytes) +
-                (int64_t)column * kBlockTokens + (at.slot / P::kStep) * kGroup * P::kStep +
-                at.slot % P::kStep;
+                (int64_t)column * kBlockTokens + (at.slot / P::kStep) * kGroup * P::kStep;
     for (int c = 0; c < padded; c += kGroup) {
-      E row[kGroup];
-      store_row<P>(row, values + c, columns - c, kGroup);
-      for (int i = 0; i < kGroup; ++i) target[(int64_t)c * kBlockTokens + i * P::kStep] = row[i];
+      const F x = columns - c >= kGroup ? f_load(values + c) : f_load_n(values + c, columns - c);
+      P::store_spread(target + (int64_t)c * kBlockTokens, at.slot % P::kStep, x);
     }
   }
   if (at.own >= 0) {
@@ -325,19 +323,24 @@ template <class P, int MR>
 static void chunk_rows(const Attend& w, int head, int first, int key, int keys,
                        const typename P::E* const* b, const typename P::E* v0,
                        const typename P::E* v1) {
-  bool any = false, all = keys % kGroup == 0;
+  bool all = keys % kGroup == 0;
+  int seen = 0;  // keys of the chunk up to the last one that any of the rows sees
   for (int r = first; r < first + MR; ++r) {
-    any |= w.low[r] < key + keys && w.high[r] > key;
-    all &= w.low[r] <= key && w.high[r] >= key + keys;
+    const int low = w.low[r] - key;
+    const int high = w.high[r] - key < keys ? w.high[r] - key : keys;
+    if (low < high && high > seen) seen = high;
+    all &= low <= 0 && high == keys;
   }
-  if (!any) return;
-  const int groups = (keys + kGroup - 1) / kGroup;
+  if (seen == 0) return;
+  const int groups = (seen + kGroup - 1) / kGroup;
   if (all) {
     score_rows<P, MR, false>(w, head, first, key, b, groups);
   } else {
     score_rows<P, MR, true>(w, head, first, key, b, groups);
   }
-  value_rows<P, MR>(w, first, v0, v1, keys);
+  // A key that a row does not see adds an exact zero; so leaving some out changes no bit.
+  const int read = seen + (seen & (P::kStep - 1));
+  value_rows<P, MR>(w, first, v0, v1, read < keys ? read : keys);
 }
 
 template <class P>
@@ -418,39 +421,86 @@ static void attend(const Attend* work) {
 
 // ── Norms and gates ─────────────────────────────────────────────────────────────────────────
 
-// Mean and 1/sqrt(variance + eps) of n floats.
-static inline void moments(const float* x, int n, float eps, float* mean, float* inverse) {
-  F sum = f_zero();
+// Calls with the first column and the number of columns of each group: the last may be shorter.
+template <class Each>
+static inline __attribute__((always_inline)) void for_groups(int n, Each each) {
   int c = 0;
-  for (; c + kGroup <= n; c += kGroup) sum = f_add(sum, f_load(x + c));
-  if (c < n) sum = f_add(sum, f_load_n(x + c, n - c));
-  const float m = f_sum(sum) / n;
-  const F mv = f_set1(m);
-  F squares = f_zero();
-  for (c = 0; c + kGroup <= n; c += kGroup) {
-    const F d = f_sub(f_load(x + c), mv);
-    squares = f_fma(d, d, squares);
-  }
-  if (c < n) {
-    const F d = f_keep((1u << (n - c)) - 1, f_sub(f_load_n(x + c, n - c), mv));
-    squares = f_fma(d, d, squares);
-  }
-  *mean = m;
-  *inverse = 1.0f / __builtin_sqrtf(f_sum(squares) / n + eps);
+  for (; c + kGroup <= n; c += kGroup) each(c, kGroup);
+  if (c < n) each(c, n - c);
 }
 
-static inline void normalize(const float* x, int n, float eps, const float* weight,
-                             const float* bias, float* y) {
-  float mean, inverse;
-  moments(x, n, eps, &mean, &inverse);
-  const F m = f_set1(mean), i = f_set1(inverse);
-  for (int c = 0; c < n; c += kGroup) {
-    const int k = n - c < kGroup ? n - c : kGroup;
-    F v = f_mul(f_sub(f_load_n(x + c, k), m), i);
-    if (weight) v = f_mul(v, f_load_n(weight + c, k));
-    if (bias) v = f_add(v, f_load_n(bias + c, k));
-    f_store_n(y + c, v, k);
+static inline __attribute__((always_inline)) F load_some(const float* p, int n) {
+  return n == kGroup ? f_load(p) : f_load_n(p, n);
+}
+
+static inline __attribute__((always_inline)) void store_some(float* p, F x, int n) {
+  if (n == kGroup) {
+    f_store(p, x);
+  } else {
+    f_store_n(p, x, n);
   }
+}
+
+// Sum of value(c, k) over the groups of n columns, in four sums for the sake of latency.
+template <class Value>
+static inline __attribute__((always_inline)) float sum_of(int n, Value value) {
+  F sum[4] = {f_zero(), f_zero(), f_zero(), f_zero()};
+  int c = 0;
+  for (; c + 4 * kGroup <= n; c += 4 * kGroup) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) sum[i] = f_add(sum[i], value(c + i * kGroup, kGroup));
+  }
+  for_groups(n - c, [&](int rest, int k) { sum[0] = f_add(sum[0], value(c + rest, k)); });
+  return f_sum(f_add(f_add(sum[0], sum[1]), f_add(sum[2], sum[3])));
+}
+
+// Mean and 1/sqrt(variance + eps) of n floats.
+static inline void moments(const float* x, int n, float eps, F* mean, F* inverse) {
+  const F m = f_set1(sum_of(n, [&](int c, int k) { return load_some(x + c, k); }) / n);
+  const float squares = sum_of(n, [&](int c, int k) {
+    F d = f_sub(load_some(x + c, k), m);
+    if (k < kGroup) d = f_keep((1u << k) - 1, d);
+    return f_mul(d, d);
+  });
+  *mean = m;
+  *inverse = f_set1(1.0f / __builtin_sqrtf(squares / n + eps));
+}
+
+// Normalized floats of one row, scaled and shifted where there are weight and bias.
+struct Normalized {
+  const float *x, *weight, *bias;
+  F mean, inverse;
+
+  Normalized(const float* from, int n, float eps, const float* scale, const float* shift)
+      : x(from), weight(scale), bias(shift) {
+    moments(x, n, eps, &mean, &inverse);
+  }
+  inline __attribute__((always_inline)) F operator()(int c, int k) const {
+    F v = f_mul(f_sub(load_some(x + c, k), mean), inverse);
+    if (weight) v = f_mul(v, load_some(weight + c, k));
+    if (bias) v = f_add(v, load_some(bias + c, k));
+    return v;
+  }
+};
+
+static inline const float* of_group(const float* parameter, const uint8_t* groups, int row,
+                                    int width) {
+  return parameter && groups ? parameter + (int64_t)groups[row] * width : parameter;
+}
+
+// Writes value(c, k) of `width` columns, in the precision of products.
+template <class P, class Value>
+static inline __attribute__((always_inline)) void emit(typename P::E* target, int width,
+                                                       Value value) {
+  for_groups(width, [&](int c, int k) {
+    if (k == kGroup) {
+      P::store(target + c, value(c, k));
+    } else {
+      typename P::E rest[kGroup];
+      P::store(rest, value(c, k));
+      __builtin_memcpy(target + c, rest, sizeof(rest[0]) * k);
+    }
+  });
 }
 
 template <class P>
@@ -458,22 +508,12 @@ static void norm_rows(const float* x, int32_t count, int32_t width, const Norm* 
                       const uint8_t* groups, void* rows, int64_t stride) {
   typedef typename P::E E;
   for (int r = 0; r < count; ++r) {
-    const float* row = x + (int64_t)r * width;
-    const int64_t group = groups ? groups[r] : 0;
-    const float* weight = norm->weight ? norm->weight + group * width : nullptr;
-    const float* bias = norm->bias ? norm->bias + group * width : nullptr;
-    float mean, inverse;
-    moments(row, width, norm->eps, &mean, &inverse);
-    const F m = f_set1(mean), i = f_set1(inverse);
     E* target = (E*)rows + r * stride;
-    for (int c = 0; c < stride; c += kGroup) {
-      const int k = width - c < kGroup ? (width > c ? width - c : 0) : kGroup;
-      F v = f_mul(f_sub(f_load_n(row + c, k), m), i);
-      if (weight) v = f_mul(v, f_load_n(weight + c, k));
-      if (bias) v = f_add(v, f_load_n(bias + c, k));
-      if (k < kGroup) v = f_keep((1u << k) - 1, v);
-      P::store(target + c, v);
-    }
+    emit<P>(target, width,
+            Normalized(x + (int64_t)r * width, width, norm->eps,
+                       of_group(norm->weight, groups, r, width),
+                       of_group(norm->bias, groups, r, width)));
+    for (int64_t c = width; c < stride; ++c) target[c] = 0;
   }
 }
 
@@ -483,59 +523,47 @@ static void gate_rows(int32_t gate, int32_t head_norm, const float* u, const flo
                       const uint8_t* groups, float* scratch, void* rows, int64_t stride) {
   typedef typename P::E E;
   const int width = heads * d_v;
+  const int parts = head_norm ? heads : 1, part = width / parts;
   float* product = scratch;          // what is normalized, where that is not `a`
   float* normed = scratch + width;
   for (int r = 0; r < count; ++r) {
     const float* ur = u + (int64_t)r * width;
     const float* ar = a + (int64_t)r * width;
     E* target = (E*)rows + r * stride;
-    const int64_t group = groups ? groups[r] : 0;
-    const float* weight = norm->weight ? norm->weight + group * width : nullptr;
-    const float* bias = norm->bias ? norm->bias + group * width : nullptr;
+    const float* weight = of_group(norm->weight, groups, r, width);
+    const float* bias = of_group(norm->bias, groups, r, width);
     const float* source = ar;
     if (gate == gr::kNormOfProduct) {
-      for (int c = 0; c < width; c += kGroup) {
-        const int k = width - c < kGroup ? width - c : kGroup;
-        f_store_n(product + c, f_mul(f_load_n(ur + c, k), f_load_n(ar + c, k)), k);
-      }
+      for_groups(width, [&](int c, int k) {
+        store_some(product + c, f_mul(load_some(ur + c, k), load_some(ar + c, k)), k);
+      });
       source = product;
     }
-    const int parts = head_norm ? heads : 1, part = head_norm ? d_v : width;
     for (int h = 0; h < parts; ++h) {
-      normalize(source + h * part, part, norm->eps, weight ? weight + h * part : nullptr,
-                bias ? bias + h * part : nullptr, normed + h * part);
+      const int first = h * part;
+      const Normalized values(source + first, part, norm->eps, weight ? weight + first : nullptr,
+                              bias ? bias + first : nullptr);
+      for_groups(part, [&](int c, int k) { store_some(normed + first + c, values(c, k), k); });
     }
-    int column = 0;  // of the target
-    auto emit = [&](auto&& value) {
-      for (int c = 0; c < width; c += kGroup) {
-        const int k = width - c < kGroup ? width - c : kGroup;
-        const F v = value(c, k);
-        if (k == kGroup) {
-          P::store(target + column + c, v);
-        } else {
-          E rest[kGroup];
-          P::store(rest, v);
-          for (int i = 0; i < k; ++i) target[column + c + i] = rest[i];
-        }
-      }
-      column += width;
-    };
-    auto product_of = [&](int c, int k) { return f_mul(f_load_n(ur + c, k), f_load_n(normed + c, k)); };
+    const auto gates = [&](int c, int k) { return load_some(ur + c, k); };
+    const auto attended = [&](int c, int k) { return load_some(ar + c, k); };
+    const auto norms = [&](int c, int k) { return load_some(normed + c, k); };
+    const auto products = [&](int c, int k) { return f_mul(gates(c, k), norms(c, k)); };
+    int written = width;
     switch (gate) {
-      case gr::kUTimesNorm: emit(product_of); break;
-      case gr::kUNormProduct:
-        emit([&](int c, int k) { return f_load_n(ur + c, k); });
-        emit([&](int c, int k) { return f_load_n(normed + c, k); });
-        emit(product_of);
-        break;
-      case gr::kUAttentionProduct:
-        emit([&](int c, int k) { return f_load_n(ur + c, k); });
-        emit([&](int c, int k) { return f_load_n(ar + c, k); });
-        emit(product_of);
-        break;
-      default: emit([&](int c, int k) { return f_load_n(normed + c, k); }); break;
+      case gr::kUTimesNorm: emit<P>(target, width, products); break;
+      case gr::kNormOfProduct: emit<P>(target, width, norms); break;
+      default:
+        emit<P>(target, width, gates);
+        if (gate == gr::kUNormProduct) {
+          emit<P>(target + width, width, norms);
+        } else {
+          emit<P>(target + width, width, attended);
+        }
+        emit<P>(target + 2 * width, width, products);
+        written = 3 * width;
     }
-    for (; column < stride; ++column) target[column] = 0;
+    for (int64_t c = written; c < stride; ++c) target[c] = 0;
   }
 }
 

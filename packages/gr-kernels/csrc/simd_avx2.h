@@ -86,6 +86,7 @@ struct F32 {
     return {_mm256_fmadd_ps(x, b.a, acc.a), _mm256_fmadd_ps(x, b.b, acc.b)};
   }
   static inline void store(E* p, F x) { f_store(p, x); }
+  static inline void store_spread(E* p, int, F x) { f_store(p, x); }
   static inline F load(const E* p) { return f_load(p); }
 };
 

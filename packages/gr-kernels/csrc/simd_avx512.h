@@ -68,6 +68,8 @@ struct F32 {
     return _mm512_fmadd_ps(_mm512_set1_ps(*a), b, acc);
   }
   static inline void store(E* p, F x) { _mm512_storeu_ps(p, x); }
+  // To every kStep-th place, from the place `first` on.
+  static inline void store_spread(E* p, int, F x) { _mm512_storeu_ps(p, x); }
   static inline F load(const E* p) { return _mm512_loadu_ps(p); }
   static inline E one(float x) { return x; }
 };
@@ -90,6 +92,14 @@ struct Bf16 {
   }
   static inline void store(E* p, F x) {
     _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x));
+  }
+  static inline void store_spread(E* p, int first, F x) {
+    const __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x));
+    if (first == 0) {
+      _mm512_mask_storeu_epi16(p, 0x55555555u, wide);
+    } else {
+      _mm512_mask_storeu_epi16(p, 0xAAAAAAAAu, _mm512_slli_epi32(wide, 16));
+    }
   }
   static inline F load(const E* p) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
