@@ -80,7 +80,8 @@ class NativeEngine:
             raise PlanError(f"engine native: {type(model).__name__} does not open its stack")
         stacks = {task: model.stack(task) for task in tasks}
         threads = options.threads or 1
-        torch.set_num_threads(threads)
+        # What is left to torch is small; its threads would wait in a loop beside the stack's.
+        torch.set_num_threads(1)
         made: dict[int, _Layers] = {}  # tasks may share a stack
         try:
             for task, stack in stacks.items():
