@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,9 +49,6 @@ class TorchEngine:
             raise PlanError(f"engine torch has no option {', '.join(map(repr, options.extra))}")
         if options.threads:
             torch.set_num_threads(options.threads)
-        # oneDNN keeps a compiled primitive for every shape, a thousand by default; with jagged
-        # batches nearly every one is new, and the memory seems to leak.
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
         self._device = torch.device(options.device)
         dtype = _DTYPES[options.dtype]
         copies: dict[int, Any] = {}  # what the modules of two tasks share is copied once
