@@ -8,7 +8,6 @@ import pytest
 
 from gr_core.repository import Bundle
 from gr_core.testing import EngineSuite, ModelSuite, PluginSuite
-
 from gr_hstu.testing import KINDS, write
 
 

@@ -20,7 +20,6 @@ from gr_core.repository import Catalogue
 from gr_hstu import engine as engine_module
 from gr_hstu.engine import TorchEngine
 from gr_hstu.model import HSTUModel
-
 from gr_hstu.testing import (
     CASES,
     CONFIGS,

@@ -23,8 +23,6 @@ from gr_hstu.data.interactions import Interactions, Table
 from gr_hstu.evaluation.protocols import Cases
 from gr_hstu.features import FeatureSchema
 from gr_hstu.model import HSTUModel
-from gr_hstu.training.batches import HistoryEncoder
-
 from gr_hstu.testing import (
     CASES,
     CONFIGS,
@@ -40,6 +38,7 @@ from gr_hstu.testing import (
     random_module,
     write,
 )
+from gr_hstu.training.batches import HistoryEncoder
 
 
 @pytest.fixture(scope="module")

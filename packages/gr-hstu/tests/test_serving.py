@@ -25,7 +25,6 @@ from gr_core.plugins.registry import Registry
 from gr_core.repository import ModelRepository
 from gr_hstu import plugin
 from gr_hstu.model import HSTUModel
-
 from gr_hstu.testing import IDS, ITEMS, KINDS, NOW_MS, a_request, load, write
 
 DEMO = PipelineSpec("demo", retrieve="research", rank="mtgr", retrieve_k=20, default=True)

@@ -27,7 +27,7 @@ Gate = Literal["u*norm(a)", "u,norm(a),u*norm(a)", "u,a,u*norm(a)", "norm(a*u)"]
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """Weights of one layer: float32 torch tensors on the CPU, contiguous; None where it has none."""
+    """Weights of one layer: contiguous float32 torch tensors on the CPU; None where it has none."""
 
     input_norm_weight: Any | None
     """(G, D)."""
