@@ -1,10 +1,13 @@
 #include "pool.h"
 
+#include <system_error>
+
 namespace gr {
 
 namespace {
 // Phases of a layer follow each other within microseconds; a sleeping worker would miss half of one.
 constexpr int kSpins = 2000;
+constexpr uint64_t kNone = 0xFFFFFFFF;  // as the next item: there is none, and none is to be taken
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -13,15 +16,22 @@ inline void pause() {
 }
 }  // namespace
 
-Pool::Pool(int threads) {
-  for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { loop(i); });
+Pool::Pool(int threads) : ticket_(kNone) {
+  try {
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { loop(i); });
+  } catch (const std::system_error&) {
+    stop();
+    throw;
+  }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { stop(); }
+
+void Pool::stop() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     stopping_ = true;
-    round_.fetch_add(1);
+    ++round_;
   }
   wake_.notify_all();
   for (std::thread& worker : workers_) worker.join();
@@ -32,43 +42,55 @@ void Pool::run(int64_t items, Work work, void* context) {
     for (int64_t i = 0; i < items; ++i) work(context, i, 0);
     return;
   }
+  // The last round is closed before anything of the next one can be read.
+  const uint64_t round = (round_.load() + 1) << 32;
+  ticket_ = round | kNone;
+  items_ = items;
+  work_ = work;
+  context_ = context;
+  left_ = items;
+  ticket_ = round;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    items_ = items;
-    work_ = work;
-    context_ = context;
-    next_.store(0);
-    busy_.store((int)workers_.size());
-    round_.fetch_add(1);
+    ++round_;
   }
   wake_.notify_all();
   drain(0);
-  for (int i = 0; i < kSpins && busy_.load() > 0; ++i) pause();
-  if (busy_.load() > 0) {
+  for (int i = 0; i < kSpins && left_ > 0; ++i) pause();
+  if (left_ > 0) {
     std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return busy_.load() == 0; });
+    is_waiting_ = true;
+    done_.wait(lock, [this] { return left_ == 0; });
+    is_waiting_ = false;
   }
 }
 
 void Pool::drain(int worker) {
-  for (int64_t i = next_.fetch_add(1); i < items_; i = next_.fetch_add(1)) {
-    work_(context_, i, worker);
+  for (uint64_t ticket = ticket_;;) {
+    const int64_t item = ticket & kNone;
+    if (item >= items_) return;
+    const Work work = work_;
+    void* const context = context_;
+    if (!ticket_.compare_exchange_weak(ticket, ticket + 1)) continue;
+    work(context, item, worker);
+    if (--left_ == 0 && is_waiting_) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      done_.notify_one();
+    }
+    ticket = ticket_;
   }
 }
 
 void Pool::loop(int worker) {
   uint64_t seen = 0;
-  for (;;) {
-    for (int i = 0; i < kSpins && round_.load() == seen; ++i) pause();
-    {
+  while (!stopping_) {
+    for (int i = 0; i < kSpins && round_ == seen; ++i) pause();
+    if (round_ == seen) {
       std::unique_lock<std::mutex> lock(mutex_);
-      wake_.wait(lock, [&] { return round_.load() != seen; });
-      seen = round_.load();
-      if (stopping_) return;
+      wake_.wait(lock, [&] { return round_ != seen; });
     }
+    seen = round_;
     drain(worker);
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (busy_.fetch_sub(1) == 1) done_.notify_one();
   }
 }
 

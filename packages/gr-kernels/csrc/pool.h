@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -20,24 +21,29 @@ class Pool {
   Pool& operator=(const Pool&) = delete;
 
   int threads() const { return (int)workers_.size() + 1; }
-  // Calls work for all items, in any order, and returns when all are done.
+  // Calls work for all items, at most 2^31, in any order, and returns when all are done. Waits for
+  // items that were begun, but never for a worker that does not get to run.
   void run(int64_t items, Work work, void* context);
 
  private:
   void loop(int worker);
   void drain(int worker);
+  void stop();
 
-  std::vector<std::thread> workers_;
+  // The round, and in the lower half the next item of it that nobody has taken. Who reads the
+  // following three and then takes an item by exchanging the ticket has read those of its round.
+  std::atomic<uint64_t> ticket_;
+  std::atomic<int64_t> items_{0};
+  std::atomic<Work> work_{nullptr};
+  std::atomic<void*> context_{nullptr};
+  std::atomic<int64_t> left_{0};       // items that are not done
+  std::atomic<bool> is_waiting_{false};  // the caller, for the last of them
+  std::atomic<uint64_t> round_{0};
+  std::atomic<bool> stopping_{false};
   std::mutex mutex_;
   std::condition_variable wake_;
   std::condition_variable done_;
-  std::atomic<int64_t> next_{0};
-  std::atomic<uint64_t> round_{0};
-  std::atomic<int> busy_{0};
-  int64_t items_ = 0;
-  Work work_ = nullptr;
-  void* context_ = nullptr;
-  bool stopping_ = false;
+  std::vector<std::thread> workers_;
 };
 
 }  // namespace gr

@@ -12,6 +12,9 @@ namespace {
 // Reading past the last vector of a row must stay inside of a buffer.
 constexpr int64_t kSlack = 64;
 
+// Rows of a span are a multiple of what the kernels take at once.
+constexpr int64_t kRowStep = 6;
+
 }  // namespace
 
 struct Stack::Batch {
@@ -184,9 +187,15 @@ void Stack::plan(Batch& batch, bool last) const {
   batch.spans.clear();
   batch.wanted.clear();
   batch.outputs.clear();
-  auto add = [](std::vector<Span>& spans, int64_t row, int64_t count, int segment, bool kv_only) {
-    for (int64_t i = 0; i < count; i += kRows) {
-      spans.push_back({row + i, (int32_t)std::min<int64_t>(kRows, count - i), segment, kv_only});
+  // As many spans as give every thread the same number of them, while a few are all that there are.
+  const int64_t spans = (batch.tokens + kRows - 1) / kRows, threads = pool_.threads();
+  const int64_t even = round_up(spans, threads);
+  const bool few = spans < 4 * threads;
+  const int64_t most = few ? round_up((batch.tokens + even - 1) / even, kRowStep) : kRows;
+  auto add = [most](std::vector<Span>& spans, int64_t row, int64_t count, int segment,
+                    bool kv_only) {
+    for (int64_t i = 0; i < count; i += most) {
+      spans.push_back({row + i, (int32_t)std::min(most, count - i), segment, kv_only});
     }
   };
   // Of the phases that know no segments, rows that follow each other go together.
