@@ -157,7 +157,9 @@ def sanitize(session: nox.Session) -> None:
         "packages/gr-kernels",
         env={
             "GR_KERNELS_NATIVE": "require",
-            "GR_KERNELS_CMAKE_ARGS": f"'-DCMAKE_CXX_FLAGS_RELEASE={flags}'",
+            # Emulated, so that the kernels for AMX are among those watched.
+            "GR_KERNELS_CMAKE_ARGS": f"'-DCMAKE_CXX_FLAGS_RELEASE={flags}'"
+            " -DGR_KERNELS_EMULATE_TILES=ON",
         },
     )
     runtimes = [
@@ -178,6 +180,19 @@ def sanitize(session: nox.Session) -> None:
             "OMP_NUM_THREADS": "1",
         },
     )
+
+
+@nox.session(default=False)
+def kernels(session: nox.Session) -> None:
+    """A program without Python that tests the kernels, to be copied to any Linux on x86-64."""
+    session.install("-c", str(CONSTRAINTS), "cmake", "ninja")
+    work = Path(session.create_tmp())
+    session.run(
+        *("cmake", "-G", "Ninja", "-S", "packages/gr-kernels", "-B", str(work)),
+        "-DGR_KERNELS_TESTS=ON",
+    )
+    session.run("cmake", "--build", str(work), "--target", "stack_test")
+    session.run(str(work / "stack_test"), external=True)
 
 
 @nox.session(default=False)

@@ -60,6 +60,8 @@ const char* gr_instruction_sets(int32_t dtype) {
   return names.c_str();
 }
 
+const char* gr_amx_absence(void) { return gr::amx_absence(); }
+
 int32_t gr_hstu_attention(const gr_attention_call* call, const char* instruction_set) {
   if (!call || !instruction_set) return fail(GR_INVALID, "no call or no instruction set");
   const gr::Kernels* kernels = find_kernels(call->dtype, instruction_set);

@@ -123,7 +123,10 @@ void attend_piece(const Call& c, const Piece& piece, int worker) {
   work.out = c.out + worker * c.out_count;
   work.scores = c.scores + worker * c.scores_bytes;
   work.sums = c.sums + worker * c.sums_count;
-  c.kernels.attend(&work);
+  {
+    const Prepared prepared(c.kernels, work.count);
+    c.kernels.attend(&work);
+  }
   for (int r = 0; r < piece.count; ++r) {
     store_out(call, work.out + r * width, piece.row + r, width);
   }
@@ -155,7 +158,7 @@ void hstu_attention(const gr_attention_call& call, const Kernels& kernels) {
   const int64_t workers = pool.threads();
   c.bias_stride = call.bias ? round_up(longest, kChunk) : 0;
   c.q_bytes = aligned((kRows * call.heads * c.shape.d_qk_padded + kSlack) * bytes);
-  c.scores_bytes = aligned(kRows * kChunk * bytes);
+  c.scores_bytes = aligned(kernels.scratch_bytes(&c.shape));
   c.sums_count = round_up((int64_t)kRows * c.shape.d_v_padded, kGroup);
   c.bias_count = call.bias ? kRows * (c.bias_stride + 1) : 0;
   c.rows_count = round_up(qk + width + kSlack, kGroup);

@@ -59,6 +59,8 @@ GR_API const char* gr_last_error(void);
 /* Names of the instruction sets that this processor has kernels for, best first, for a dtype;
  * separated by spaces, empty if there is none. */
 GR_API const char* gr_instruction_sets(int32_t dtype);
+/* Why "amxbf16" is not among them, in words; empty if it is. */
+GR_API const char* gr_amx_absence(void);
 
 /* The op hstu_attention on plain tensors, see gr_kernels/ops/hstu_attention/interface.py: T queries,
  * S keys, B sequences, H heads, K columns of Q and K per head, V columns of V per head. All are

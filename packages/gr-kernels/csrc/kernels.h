@@ -62,6 +62,7 @@ struct Linear {
   int64_t layer_offset;      // of the layer's K and V in a block
   void* own_k;               // (own rows, heads, d_qk_padded)
   void* own_v;               // (own rows, heads, d_v_padded)
+  void* scratch;             // scratch_bytes()
 };
 
 // Attention of some rows of one segment, one head after another.
@@ -82,7 +83,7 @@ struct Attend {
   const float* own_bias;     // (count) or null
   float scale;               // of the sum, 1/divisor
   float* out;                // (count, heads·d_v)
-  void* scores;              // scratch (kRows, kChunk) elements
+  void* scores;              // scratch_bytes()
   float* sums;               // scratch (kRows, d_v_padded)
 };
 
@@ -108,6 +109,25 @@ struct Kernels {
   // Q, K and V, (heads, width) each or null, to where the attention reads them.
   void (*place_token)(const Shape* shape, const float* q, float scale, const float* k,
                       const float* v, const RowPlace* at, void* q_row, void* own_k, void* own_v);
+  int64_t (*scratch_bytes)(const Shape* shape);
+  // Before and after products of `count` rows in one thread, where it takes that.
+  void (*begin)(int32_t count);
+  void (*end)();
+};
+
+class Prepared {
+ public:
+  Prepared(const Kernels& kernels, int32_t count) : kernels_(kernels) {
+    if (kernels.begin) kernels.begin(count);
+  }
+  ~Prepared() {
+    if (kernels_.end) kernels_.end();
+  }
+  Prepared(const Prepared&) = delete;
+  Prepared& operator=(const Prepared&) = delete;
+
+ private:
+  const Kernels& kernels_;
 };
 
 }  // namespace gr

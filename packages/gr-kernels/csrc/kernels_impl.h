@@ -370,6 +370,21 @@ static void own_key(const Attend& w, int head, int row) {
   }
 }
 
+// Adds own keys to the sums, and scales them into `out`.
+template <class P>
+static void finish_head(const Attend& w, int head) {
+  const Shape& s = *w.shape;
+  const F scale = f_set1(w.scale);
+  for (int r = 0; r < w.count; ++r) {
+    if (w.places[r].own >= 0) own_key<P>(w, head, r);
+    const float* sums = w.sums + (int64_t)r * s.d_v_padded;
+    float* out = w.out + ((int64_t)r * s.heads + head) * s.d_v;
+    int c = 0;
+    for (; c + kGroup <= s.d_v; c += kGroup) f_store(out + c, f_mul(f_load(sums + c), scale));
+    if (c < s.d_v) f_store_n(out + c, f_mul(f_load(sums + c), scale), s.d_v - c);
+  }
+}
+
 template <class P>
 static void attend(const Attend* work) {
   typedef typename P::E E;
@@ -407,15 +422,7 @@ static void attend(const Attend* work) {
         case 5: chunk_rows<P, 5>(w, head, r, key, keys, b, v[0], v[1]); break;
       }
     }
-    const F scale = f_set1(w.scale);
-    for (int r = 0; r < w.count; ++r) {
-      if (w.places[r].own >= 0) own_key<P>(w, head, r);
-      const float* sums = w.sums + (int64_t)r * s.d_v_padded;
-      float* out = w.out + ((int64_t)r * s.heads + head) * s.d_v;
-      int c = 0;
-      for (; c + kGroup <= s.d_v; c += kGroup) f_store(out + c, f_mul(f_load(sums + c), scale));
-      if (c < s.d_v) f_store_n(out + c, f_mul(f_load(sums + c), scale), s.d_v - c);
-    }
+    finish_head<P>(w, head);
   }
 }
 
@@ -591,10 +598,17 @@ static void pack(const float* source, int64_t row_stride, int64_t columns, int64
   }
 }
 
+// Activated scores.
+template <class P>
+static int64_t scratch_bytes(const Shape*) {
+  return (int64_t)sizeof(typename P::E) * gr::kRows * kChunk;
+}
+
 template <class P>
 static constexpr gr::Kernels kernels(const char* name) {
   return {name,      sizeof(typename P::E), P::kStep,     pack<P>,       norm_rows<P>,
-          linear<P>, attend<P>,             gate_rows<P>, place_token<P>};
+          linear<P>, attend<P>,             gate_rows<P>, place_token<P>, scratch_bytes<P>,
+          nullptr,   nullptr};
 }
 
 }  // namespace GR_ISA

@@ -39,12 +39,12 @@ struct Stack::Batch {
 
   // Of each worker:
   uint8_t* panel;               // (kRows, d_model_stride) elements
-  uint8_t* scores;              // (kRows, kChunk) elements
+  uint8_t* scratch;             // of the kernels
   float* sums;                  // (kRows, d_v_padded)
   float* attention;             // (kRows, heads·d_v)
   float* gate;                  // (2, heads·d_v)
   float* bias;                  // (kRows, bias_stride)
-  int64_t panel_bytes, scores_bytes, sums_count, attention_count, gate_count, bias_count;
+  int64_t panel_bytes, scratch_bytes, sums_count, attention_count, gate_count, bias_count;
   int64_t bias_stride;
 };
 
@@ -248,7 +248,7 @@ void Stack::run(float* x, int64_t tokens, const gr_segment* segments, int32_t co
   }
   batch.bias_stride = biased ? round_up(longest, kChunk) : 0;
   batch.panel_bytes = aligned(kRows * d_model_stride_ * bytes);
-  batch.scores_bytes = aligned(kRows * kChunk * bytes);
+  batch.scratch_bytes = aligned(kernels_.scratch_bytes(&shape_));
   batch.sums_count = round_up(kRows * (int64_t)shape_.d_v_padded, kGroup);
   batch.attention_count = round_up(kRows * width + kSlack, kGroup);
   batch.gate_count = round_up(2 * width + kSlack, kGroup);
@@ -268,7 +268,7 @@ void Stack::run(float* x, int64_t tokens, const gr_segment* segments, int32_t co
     batch.own_v = layout.take<uint8_t>((own * heads * shape_.d_v_padded + kSlack) * bytes);
     batch.gated = layout.take<uint8_t>((tokens * gated_stride_ + kSlack) * bytes);
     batch.panel = layout.take<uint8_t>(threads * batch.panel_bytes);
-    batch.scores = layout.take<uint8_t>(threads * batch.scores_bytes);
+    batch.scratch = layout.take<uint8_t>(threads * batch.scratch_bytes);
     batch.sums = layout.take<float>(threads * batch.sums_count);
     batch.attention = layout.take<float>(threads * batch.attention_count);
     batch.gate = layout.take<float>(threads * batch.gate_count);
@@ -331,9 +331,9 @@ void Stack::run(float* x, int64_t tokens, const gr_segment* segments, int32_t co
       const Call& k = *(Call*)c;
       k.stack->attend(*k.batch, *k.layer, k.offset, item, worker);
     }, &call);
-    pool_.run((int64_t)batch.outputs.size(), [](void* c, int64_t item, int) {
+    pool_.run((int64_t)batch.outputs.size(), [](void* c, int64_t item, int worker) {
       const Call& k = *(Call*)c;
-      k.stack->output(*k.batch, *k.layer, item);
+      k.stack->output(*k.batch, *k.layer, item, worker);
     }, &call);
   }
 }
@@ -359,6 +359,8 @@ void Stack::project(const Batch& batch, const Layer& layer, int64_t offset, int6
   work.layer_offset = offset;
   work.own_k = batch.own_k;
   work.own_v = batch.own_v;
+  work.scratch = batch.scratch + worker * batch.scratch_bytes;
+  const Prepared prepared(kernels_, span.count);
   for (size_t p = span.kv_only ? layer.kv_first : 0; p < layer.project.size(); ++p) {
     work.panel = &layer.project[p];
     kernels_.linear(&work);
@@ -416,9 +418,12 @@ void Stack::attend(const Batch& batch, const Layer& layer, int64_t offset, int64
   work.own_bias = work.bias ? work.bias + kRows * batch.bias_stride : nullptr;
   work.scale = 1.0f / config_.divisor;
   work.out = attention;
-  work.scores = batch.scores + worker * batch.scores_bytes;
+  work.scores = batch.scratch + worker * batch.scratch_bytes;
   work.sums = batch.sums + worker * batch.sums_count;
-  kernels_.attend(&work);
+  {
+    const Prepared prepared(kernels_, span.count);
+    kernels_.attend(&work);
+  }
   kernels_.gate_rows(config_.gate, config_.head_norm, batch.u + span.row * shape_.heads * shape_.d_v,
                      attention, span.count, shape_.heads, shape_.d_v, &layer.attention_norm,
                      batch.groups ? batch.groups + span.row : nullptr,
@@ -426,7 +431,7 @@ void Stack::attend(const Batch& batch, const Layer& layer, int64_t offset, int64
                      batch.gated + span.row * gated_stride_ * bytes, gated_stride_);
 }
 
-void Stack::output(const Batch& batch, const Layer& layer, int64_t item) {
+void Stack::output(const Batch& batch, const Layer& layer, int64_t item, int worker) {
   const Span& span = batch.outputs[item];
   Linear work;
   work.shape = &shape_;
@@ -440,6 +445,8 @@ void Stack::output(const Batch& batch, const Layer& layer, int64_t item) {
   work.places = nullptr;
   work.layer_offset = 0;
   work.own_k = work.own_v = nullptr;
+  work.scratch = batch.scratch + worker * batch.scratch_bytes;
+  const Prepared prepared(kernels_, span.count);
   for (const Panel& panel : layer.output) {
     work.panel = &panel;
     kernels_.linear(&work);

@@ -51,7 +51,7 @@ class Stack {
   void plan(Batch& batch, bool last) const;
   void project(const Batch& batch, const Layer& layer, int64_t offset, int64_t item, int worker);
   void attend(const Batch& batch, const Layer& layer, int64_t offset, int64_t item, int worker);
-  void output(const Batch& batch, const Layer& layer, int64_t item);
+  void output(const Batch& batch, const Layer& layer, int64_t item, int worker);
   uint8_t bucket_of(int64_t one, int64_t other) const;
   const float* bias(const Batch& batch, const Layer& layer, const Span& span, int worker);
   void add_panels(std::vector<Panel>& panels, Section section, int head, int columns,

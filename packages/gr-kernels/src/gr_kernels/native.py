@@ -52,11 +52,20 @@ def instruction_sets(dtype: str) -> tuple[str, ...]:
     return tuple(found.gr_instruction_sets(DTYPES[dtype]).decode().split())
 
 
+@functools.cache
+def amx_absence() -> str:
+    """Why the kernels for AMX are not offered; empty where they are."""
+    found = library()
+    found.gr_amx_absence.restype = ctypes.c_char_p
+    return str(found.gr_amx_absence().decode())
+
+
 def probe(dtype: str) -> tuple[bool, str]:
     try:
         sets = instruction_sets(dtype)
+        amx = amx_absence() if dtype == "bfloat16" else ""
     except (OSError, AttributeError) as error:
         return False, str(error)
     if not sets:
         return False, f"this processor has no instructions for {dtype} that the kernels know"
-    return True, f"this processor has {', '.join(sets)}"
+    return True, f"this processor has {', '.join(sets)}" + (f"; not AMX: {amx}" if amx else "")
