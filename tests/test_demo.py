@@ -58,7 +58,7 @@ def test_both_stages_answer_and_seen_items_are_left_out(samples, client: Client)
     for request in samples:
         answer = client.recommend(request, k=10)
         assert [stage.task.value for stage in answer.stages] == ["retrieve", "rank"]
-        assert {stage.engine for stage in answer.stages} == {"torch"}
+        assert {stage.engine for stage in answer.stages} == {"native"}
         ids = [item.item_id for item in answer.items]
         assert len(set(ids)) == 10
         assert not set(ids) & set(request.history.item_ids.tolist())
@@ -97,7 +97,8 @@ def test_engines_agree_on_the_shipped_models(run):
 
 def test_the_plan_is_explained(run):
     plans = json.loads(run("gr", "plan", "--config", CONFIG, "--json").stdout)
-    assert {plan["engine"] for plan in plans} == {"torch"}
+    assert {plan["engine"] for plan in plans} == {"native"}
     explained = run("gr", "plan", "--config", CONFIG, "--explain").stdout
     assert "torch (cuda, float32)" in explained
     assert "torch (cpu, float32)" in explained
+    assert "native (cpu, float32)" in explained
