@@ -43,6 +43,8 @@ FOLDERS = {name: f"packages/{name}" for name in PACKAGES} | {
 SOURCES = ("packages", "examples", "tests", "scripts", "benchmarks", "noxfile.py")
 NOT_NATIVE = ("benchmark", "build", "cache", "cache_file")
 """Tests of gr-kernels that are not of its code in C++."""
+# Optimized a little: more takes minutes to compile, less to run.
+SANITIZERS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 NO_GPU = ("-m", "not gpu")
 QUICK = ("-m", "not gpu and not slow")
 IMPORT_ALL = """
@@ -146,8 +148,6 @@ def sanitize(session: nox.Session) -> None:
     """gr-kernels' tests on kernels that watch their memory and their arithmetic."""
     session.install("-c", str(CONSTRAINTS), "hatchling", "cmake", "ninja")
     checked = Path(session.create_tmp()) / "sanitized"
-    # Optimized a little: more takes minutes to compile, less to run.
-    flags = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
     session.install(
         "--no-deps",
         "--no-build-isolation",
@@ -157,9 +157,7 @@ def sanitize(session: nox.Session) -> None:
         "packages/gr-kernels",
         env={
             "GR_KERNELS_NATIVE": "require",
-            # Emulated, so that the kernels for AMX are among those watched.
-            "GR_KERNELS_CMAKE_ARGS": f"'-DCMAKE_CXX_FLAGS_RELEASE={flags}'"
-            " -DGR_KERNELS_EMULATE_TILES=ON",
+            "GR_KERNELS_CMAKE_ARGS": f"'-DCMAKE_CXX_FLAGS_RELEASE={SANITIZERS}'",
         },
     )
     runtimes = [
@@ -184,15 +182,20 @@ def sanitize(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def kernels(session: nox.Session) -> None:
-    """A program without Python that tests the kernels, to be copied to any Linux on x86-64."""
+    """A program without Python that tests the kernels, to be copied to any Linux on x86-64.
+
+    Then once more with sanitizers, and with AMX's tiles in software.
+    """
     session.install("-c", str(CONSTRAINTS), "cmake", "ninja")
-    work = Path(session.create_tmp())
-    session.run(
-        *("cmake", "-G", "Ninja", "-S", "packages/gr-kernels", "-B", str(work)),
-        "-DGR_KERNELS_TESTS=ON",
-    )
-    session.run("cmake", "--build", str(work), "--target", "stack_test")
-    session.run(str(work / "stack_test"), external=True)
+    emulated = ("-DGR_KERNELS_EMULATE_TILES=ON", f"-DCMAKE_CXX_FLAGS_RELEASE={SANITIZERS}")
+    for name, options in {"static": (), "emulated": emulated}.items():
+        work = Path(session.create_tmp()) / name
+        session.run(
+            *("cmake", "-G", "Ninja", "-S", "packages/gr-kernels", "-B", str(work)),
+            *("-DGR_KERNELS_TESTS=ON", *options),
+        )
+        session.run("cmake", "--build", str(work), "--target", "stack_test")
+        session.run(str(work / "stack_test"), external=True)
 
 
 @nox.session(default=False)
