@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -17,6 +18,7 @@ from gr_core.contracts import ArraySpec, EncodedRequest, Encoding, InferenceResu
 from gr_core.errors import BundleError, GrError, PlanError
 from gr_core.repository import Bundle, Catalogue
 from gr_core.stack import Stack, TokenSequence
+from gr_core.steps import Step
 from gr_core.types import FloatArray, RecommendRequest, Task
 from gr_hstu.config import HSTUConfig, MTGRConfig
 from gr_hstu.features import FeatureSchema
@@ -25,6 +27,7 @@ from gr_hstu.jagged import jagged, stack_of
 from gr_hstu.models import MTGR, HSTURetrieval, build_model
 from gr_hstu.modules.skeleton import skeleton
 from gr_hstu.stability import prefix_stability
+from gr_hstu.steps import steps_of
 
 _Config = TypeVar("_Config")
 
@@ -76,7 +79,7 @@ class RetrievalRanker(nn.Module):
 
 
 class HSTUModel:
-    """Implements `gr_core.stack.StackModel` for a bundle of either architecture."""
+    """Implements `gr_core.steps.SteppedModel` for a bundle of either architecture."""
 
     def __init__(self, bundle: Bundle, config: HSTUConfig | MTGRConfig) -> None:
         self._bundle = bundle
@@ -92,6 +95,7 @@ class HSTUModel:
         self.notes = _load_weights(bundle, module)
         self._module = module.eval().requires_grad_(False)
         self._jagged = jagged(module)
+        self._steps = steps_of(module)
         self._stack: Stack | None = None
         self._retrieves = isinstance(module, HSTURetrieval)
         supported = (Task.RETRIEVE, Task.RANK) if self._retrieves else (Task.RANK,)
@@ -234,6 +238,19 @@ class HSTUModel:
         self, task: Task, requests: Sequence[EncodedRequest], rows: Tensor
     ) -> Sequence[Tensor]:
         return self._jagged.outputs(task, requests, rows)
+
+    def prefill_step(self, task: Task) -> Step:
+        self.stack(task)
+        return self._steps.prefill(task)
+
+    def decode_step(self, task: Task) -> Step:
+        self.stack(task)
+        return self._steps.decode(task)
+
+    def step_arrays(
+        self, request: EncodedRequest, sequence: TokenSequence, start: int
+    ) -> Mapping[str, npt.NDArray[Any]]:
+        return self._steps.arrays(request, sequence, start)
 
     def item_table(self) -> Tensor:
         assert isinstance(self._module, HSTURetrieval)

@@ -45,6 +45,19 @@ class MTGRLayer(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
+    def project(self, x_BTD: Tensor, group_BT: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """U (B, T, H·V), V (B, T, H, V), Q and K (B, T, H, K)."""
+        projected = F.silu(self.uvqk(self.input_norm(x_BTD, group_BT)))
+        u_BTF, v, q, k = torch.split(projected, self.split_sizes, dim=-1)
+        heads = (self.config.num_heads, -1)
+        v_BTHV, q_BTHK, k_BTHK = (torch.unflatten(part, -1, heads) for part in (v, q, k))
+        return u_BTF, v_BTHV, q_BTHK, k_BTHK
+
+    def gate(self, u_BTF: Tensor, attended_BTF: Tensor, group_BT: Tensor) -> Tensor:
+        """What the output projection reads."""
+        gated_BTF: Tensor = self.gate_norm(attended_BTF * u_BTF, group_BT)
+        return gated_BTF
+
     def forward(
         self,
         x_BTD: Tensor,
@@ -53,10 +66,7 @@ class MTGRLayer(nn.Module):
         past: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the tokens (B, T, D), and their K (B, T, H, K) and V (B, T, H, V)."""
-        projected = F.silu(self.uvqk(self.input_norm(x_BTD, group_BT)))
-        u_BTF, v, q, k = torch.split(projected, self.split_sizes, dim=-1)
-        heads = (self.config.num_heads, -1)
-        v_BTHV, q_BTHK, k_BTHK = (torch.unflatten(part, -1, heads) for part in (v, q, k))
+        u_BTF, v_BTHV, q_BTHK, k_BTHK = self.project(x_BTD, group_BT)
         k_BSHK, v_BSHV = k_BTHK, v_BTHV
         if past is not None:
             k_BSHK = torch.cat([past[0], k_BTHK], dim=1)
@@ -69,7 +79,7 @@ class MTGRLayer(nn.Module):
             alpha=1.0,
             divisor=self.config.max_seq_len,
         )
-        gated_BTF = self.gate_norm(attended_BTHV.flatten(-2) * u_BTF, group_BT)
+        gated_BTF = self.gate(u_BTF, attended_BTHV.flatten(-2), group_BT)
         gated_BTF = F.dropout(gated_BTF, self.config.dropout, self.training)
         return self.output(gated_BTF) + x_BTD, k_BTHK, v_BTHV
 

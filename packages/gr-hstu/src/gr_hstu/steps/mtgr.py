@@ -1,0 +1,228 @@
+"""`MTGR` in steps.
+
+Shapes: B batch, W ids of a token, T tokens given, C candidates, R = T + C rows, G feature columns,
+D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gr_core.contracts import ArraySpec, EncodedRequest
+from gr_core.stack import TokenSequence
+from gr_core.steps import CANDIDATE, PAST_LENGTHS, SCORES, TOKEN, Step
+from gr_core.types import Task
+from gr_hstu.jagged.rows import elapsed_at_request, to_ids
+from gr_hstu.models import MTGR
+from gr_hstu.modules import masks
+from gr_hstu.modules.mtgr import MTGRLayer
+from gr_hstu.steps import tokens
+from gr_hstu.steps.tokens import Past
+
+GROUPS = "groups"
+
+
+class MTGRSteps:
+    """Ids of a token are those of `gr_hstu.jagged.mtgr` but for the tie, which intervals tell."""
+
+    def __init__(self, module: MTGR) -> None:
+        config = module.config
+        self._module = module
+        self._timed = bool(config.time_buckets)
+        self._width = 1 + len(module.signals) + self._timed
+        self._crosses = len(module.crosses)
+        self._contexts = len(module.contexts) if config.context_placement == "candidate" else 0
+        self._kv = (config.num_layers, config.num_heads, config.qk_dim, config.v_dim)
+
+    def prefill(self, task: Task) -> Step:
+        assert task is Task.RANK
+        inputs = self._tokens()
+        if self._kv[0] > 1:
+            # K and V of the first layer depend on no other token.
+            inputs += tokens.interval_specs()
+        return Step(_Prefill(self._module).eval(), inputs, tokens.kv_specs(*self._kv))
+
+    def decode(self, task: Task) -> Step:
+        assert task is Task.RANK
+        inputs = [
+            *tokens.past_specs(*self._kv),
+            *self._tokens(),
+            *tokens.interval_specs(),
+            tokens.jagged(tokens.CANDIDATE_ITEMS, "int64", CANDIDATE),
+            *tokens.candidate_interval_specs(),
+        ]
+        if self._crosses:
+            inputs.append(
+                tokens.jagged(tokens.CANDIDATE_FEATURES, "int64", CANDIDATE, self._crosses)
+            )
+        if self._contexts:
+            inputs.append(ArraySpec(tokens.CONTEXT_FEATURES, "int64", (self._contexts,)))
+        if self._timed:
+            inputs.append(ArraySpec(tokens.CANDIDATE_BUCKET, "int32"))
+        scores = ArraySpec(SCORES, "float32", (CANDIDATE, len(self._module.config.heads)))
+        outputs = (scores, *tokens.kv_specs(*self._kv))
+        return Step(_Decode(self._module).eval(), tuple(inputs), outputs)
+
+    def _tokens(self) -> tuple[ArraySpec, ...]:
+        return (
+            tokens.jagged(tokens.IDS, "int32", TOKEN, self._width),
+            tokens.jagged(GROUPS, "int32", TOKEN),
+        )
+
+    def arrays(
+        self, request: EncodedRequest, sequence: TokenSequence, start: int
+    ) -> Mapping[str, npt.NDArray[Any]]:
+        assert sequence.groups is not None
+        given, n = request.arrays, sequence.history
+        arrays: dict[str, npt.NDArray[Any]] = {
+            PAST_LENGTHS: np.array(start, np.int32),
+            tokens.IDS: to_ids(sequence.content)[start:, : self._width],
+            GROUPS: sequence.groups[start:n].astype(np.int32),
+            tokens.LOW: sequence.low[start:n],
+            tokens.HIGH: sequence.high[start:n],
+            tokens.CANDIDATE_ITEMS: given["candidate_items"],
+            tokens.CANDIDATE_LOW: sequence.low[n:],
+            tokens.CANDIDATE_HIGH: sequence.high[n:],
+        }
+        if self._crosses:
+            arrays[tokens.CANDIDATE_FEATURES] = given["candidate_features"]
+        if self._contexts:
+            arrays[tokens.CONTEXT_FEATURES] = given["context_features"]
+        if self._timed:
+            bucket = self._module.position_time.buckets(elapsed_at_request([request]))
+            assert bucket is not None
+            arrays[tokens.CANDIDATE_BUCKET] = bucket[0].numpy().astype(np.int32)
+        return arrays
+
+
+class _History(nn.Module):
+    """The input of the tokens of U, S and R."""
+
+    users: Tensor
+    offsets: Tensor
+
+    def __init__(self, model: MTGR) -> None:
+        super().__init__()
+        self.model = model
+        config = model.config
+        self.prefix = config.num_prefix_tokens
+        self.signals = len(model.signals)
+        self.timed = bool(config.time_buckets)
+        tables = tokens.tables_of(model.users)
+        if config.context_placement == "prefix":
+            tables += tokens.tables_of(model.contexts)
+        if tables:
+            # A token of U is one of few: all of them are projected here.
+            with torch.no_grad():
+                users = [p(t) for p, t in zip(model.user_projections, tables, strict=True)]
+            self.register_buffer("users", torch.cat(users))
+            self.register_buffer("offsets", tokens.offsets_of(tables))
+
+    def forward(self, ids_BTW: Tensor, place_BT: Tensor) -> Tensor:
+        model, timed_at = self.model, 1 + self.signals
+        items_BT = ids_BTW[..., 0]
+        users_BT = None
+        if self.prefix:
+            users_BT, items_BT = tokens.feature_rows(items_BT, place_BT, self.offsets, self.prefix)
+        content = model.behaviours(model.item_content(items_BT), ids_BTW[..., 1:timed_at])
+        # Position 0 is the candidates', those of behaviours count from 1, after U.
+        position_BT = (place_BT + (1 - self.prefix)).clamp(min=0)
+        bucket_BT = ids_BTW[..., timed_at] if self.timed else None
+        x_BTD: Tensor = model.position_time(model.behaviour_mlp(content), position_BT, bucket_BT)
+        if users_BT is not None:
+            is_user_BT1 = (place_BT < self.prefix)[..., None]
+            x_BTD = torch.where(is_user_BT1, F.embedding(users_BT, self.users), x_BTD)
+        return x_BTD
+
+
+class _Prefill(nn.Module):
+    def __init__(self, model: MTGR) -> None:
+        super().__init__()
+        self.history = _History(model)
+        self.stack = model.stack
+
+    def forward(
+        self, ids: Tensor, groups: Tensor, low: Tensor | None = None, high: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        place_1T = tokens.token_places(ids, None)
+        mask_BTS = tokens.itself(place_1T, place_1T)
+        if low is not None and high is not None:
+            mask_BTS = mask_BTS | tokens.inside(low, high, place_1T)
+        _, keys, values = self.stack(self.history(ids, place_1T), groups, mask_BTS)
+        return tokens.by_layer(keys), tokens.by_layer(values)
+
+
+class _Decode(nn.Module):
+    def __init__(self, model: MTGR) -> None:
+        super().__init__()
+        self.model = model
+        self.history = _History(model)
+
+    def forward(
+        self,
+        past_keys: Tensor,
+        past_values: Tensor,
+        past_lengths: Tensor,
+        ids: Tensor,
+        groups: Tensor,
+        low: Tensor,
+        high: Tensor,
+        candidate_items: Tensor,
+        candidate_low: Tensor,
+        candidate_high: Tensor,
+        candidate_features: Tensor | None = None,
+        context_features: Tensor | None = None,
+        candidate_bucket: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        model = self.model
+        past = Past(past_keys, past_values, past_lengths)
+        place_BT = tokens.token_places(ids, past)
+        sight = tokens.sight(place_BT, low, high, candidate_low, candidate_high, past)
+        x_BCD = self._candidates(
+            candidate_items, candidate_features, context_features, candidate_bucket
+        )
+        x_BRD = torch.cat([self.history(ids, place_BT), x_BCD], dim=1)
+        group_BC = torch.full_like(candidate_low, masks.CANDIDATE)
+        group_BR = torch.cat([groups, group_BC], dim=1)
+        keys, values = [], []
+        for i, layer in enumerate(cast("Iterable[MTGRLayer]", model.stack.layers)):
+            u_BRF, v_BRHV, q_BRHK, k_BRHK = layer.project(x_BRD, group_BR)
+            attended_BRHV = tokens.attention_with_self(
+                q_BRHK,
+                k_BRHK,
+                v_BRHV,
+                sight,
+                past.layer(i),
+                alpha=1.0,
+                divisor=model.config.max_seq_len,
+            )
+            gated_BRF = layer.gate(u_BRF, attended_BRHV.flatten(-2), group_BR)
+            x_BRD = layer.output(gated_BRF) + x_BRD
+            keys.append(k_BRHK[:, : sight.tokens])
+            values.append(v_BRHV[:, : sight.tokens])
+        scores_BCO = model.heads(x_BRD[:, sight.tokens :])
+        return scores_BCO, tokens.by_layer(keys), tokens.by_layer(values)
+
+    def _candidates(
+        self,
+        items_BC: Tensor,
+        crosses_BCG: Tensor | None,
+        context_BG: Tensor | None,
+        bucket_B: Tensor | None,
+    ) -> Tensor:
+        model = self.model
+        context_B1G = None if context_BG is None else context_BG[:, None]
+        content = model.candidates(model.item_content(items_BC), crosses_BCG, context_B1G)
+        position_11 = torch.zeros((1, 1), dtype=torch.int32, device=items_BC.device)
+        bucket_B1 = None if bucket_B is None else bucket_B[:, None]
+        encoded_BCD: Tensor = model.position_time(
+            model.candidate_mlp(content), position_11, bucket_B1
+        )
+        return encoded_BCD

@@ -1,0 +1,212 @@
+"""`HSTURanking` in steps.
+
+Shapes: B batch, W ids of a token, T tokens given, C candidates, G feature columns, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gr_core.contracts import ArraySpec, EncodedRequest
+from gr_core.stack import TokenSequence
+from gr_core.steps import CANDIDATE, PAST_LENGTHS, SCORES, TOKEN, Step
+from gr_core.types import Task
+from gr_hstu.jagged.rows import elapsed_at_request, to_ids
+from gr_hstu.models import HSTURanking
+from gr_hstu.modules.hstu import HSTULayer
+from gr_hstu.steps import tokens
+from gr_hstu.steps.tokens import Past
+
+
+class RankingSteps:
+    """Ids of a token are those of `gr_hstu.jagged.ranking`."""
+
+    def __init__(self, module: HSTURanking) -> None:
+        config = module.config
+        self._module = module
+        self._timed = bool(config.time_buckets)
+        self._from_end = bool(config.position_buckets) and config.position_from == "end"
+        self._width = 1 + len(module.signals) + self._timed + self._from_end
+        self._bucket = self._timed and config.time_from == "previous"
+        self._crosses = len(module.crosses)
+        self._contexts = len(module.contexts) if config.context_placement == "candidate" else 0
+        self._kv = (config.num_layers, config.num_heads, config.d_qk, config.d_v)
+
+    def prefill(self, task: Task) -> Step:
+        assert task is Task.RANK
+        inputs: tuple[ArraySpec, ...] = (tokens.jagged(tokens.IDS, "int32", TOKEN, self._width),)
+        if self._kv[0] > 1:
+            # K and V of the first layer depend on no other token.
+            inputs += tokens.interval_specs()
+        return Step(_Prefill(self._module).eval(), inputs, tokens.kv_specs(*self._kv))
+
+    def decode(self, task: Task) -> Step:
+        assert task is Task.RANK
+        inputs = [
+            *tokens.past_specs(*self._kv),
+            tokens.jagged(tokens.IDS, "int32", TOKEN, self._width),
+            *tokens.interval_specs(),
+            tokens.jagged(tokens.CANDIDATE_ITEMS, "int64", CANDIDATE),
+            *tokens.candidate_interval_specs(),
+        ]
+        if self._crosses:
+            inputs.append(
+                tokens.jagged(tokens.CANDIDATE_FEATURES, "int64", CANDIDATE, self._crosses)
+            )
+        if self._contexts:
+            inputs.append(ArraySpec(tokens.CONTEXT_FEATURES, "int64", (self._contexts,)))
+        if self._bucket:
+            inputs.append(ArraySpec(tokens.CANDIDATE_BUCKET, "int32"))
+        scores = ArraySpec(SCORES, "float32", (CANDIDATE, len(self._module.config.heads)))
+        outputs = (scores, *tokens.kv_specs(*self._kv))
+        return Step(_Decode(self._module).eval(), tuple(inputs), outputs)
+
+    def arrays(
+        self, request: EncodedRequest, sequence: TokenSequence, start: int
+    ) -> Mapping[str, npt.NDArray[Any]]:
+        given, n = request.arrays, sequence.history
+        arrays: dict[str, npt.NDArray[Any]] = {
+            PAST_LENGTHS: np.array(start, np.int32),
+            tokens.IDS: to_ids(sequence.content)[start:],
+            tokens.LOW: sequence.low[start:n],
+            tokens.HIGH: sequence.high[start:n],
+            tokens.CANDIDATE_ITEMS: given["candidate_items"],
+            tokens.CANDIDATE_LOW: sequence.low[n:],
+            tokens.CANDIDATE_HIGH: sequence.high[n:],
+        }
+        if self._crosses:
+            arrays[tokens.CANDIDATE_FEATURES] = given["candidate_features"]
+        if self._contexts:
+            arrays[tokens.CONTEXT_FEATURES] = given["context_features"]
+        if self._bucket:
+            bucket = self._module.position_time.buckets(elapsed_at_request([request]))
+            assert bucket is not None
+            arrays[tokens.CANDIDATE_BUCKET] = bucket[0].numpy().astype(np.int32)
+        return arrays
+
+
+class _History(nn.Module):
+    """The input of the history's tokens."""
+
+    features: Tensor
+    offsets: Tensor
+
+    def __init__(self, model: HSTURanking) -> None:
+        super().__init__()
+        self.model = model
+        config = model.config
+        self.prefix = config.num_prefix_tokens
+        self.signals = len(model.signals)
+        self.timed = bool(config.time_buckets)
+        self.from_end = bool(config.position_buckets) and config.position_from == "end"
+        tables = tokens.tables_of(model.users)
+        if config.context_placement == "prefix":
+            tables += tokens.tables_of(model.contexts)
+        if tables:
+            self.register_buffer("features", torch.cat(tables))
+            self.register_buffer("offsets", tokens.offsets_of(tables))
+
+    def forward(self, ids_BTW: Tensor, place_BT: Tensor) -> Tensor:
+        model, timed_at = self.model, 1 + self.signals
+        items_BT = ids_BTW[..., 0]
+        features_BT = None
+        if self.prefix:
+            features_BT, items_BT = tokens.feature_rows(
+                items_BT, place_BT, self.offsets, self.prefix
+            )
+        x_BTD = model.behaviours(model.item_content(items_BT), ids_BTW[..., 1:timed_at])
+        if features_BT is not None:
+            is_feature_BT1 = (place_BT < self.prefix)[..., None]
+            x_BTD = torch.where(is_feature_BT1, F.embedding(features_BT, self.features), x_BTD)
+        if self.from_end:
+            position_BT = ids_BTW[..., -1]
+        else:
+            # Row `prefix` of the position table is the candidates'.
+            position_BT = torch.where(place_BT < self.prefix, place_BT, place_BT + 1)
+        return model.placed(x_BTD, position_BT, ids_BTW[..., timed_at] if self.timed else None)
+
+
+class _Prefill(nn.Module):
+    def __init__(self, model: HSTURanking) -> None:
+        super().__init__()
+        self.history = _History(model)
+        self.stack = model.stack
+
+    def forward(
+        self, ids: Tensor, low: Tensor | None = None, high: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        place_1T = tokens.token_places(ids, None)
+        mask_BTS = tokens.itself(place_1T, place_1T)
+        if low is not None and high is not None:
+            mask_BTS = mask_BTS | tokens.inside(low, high, place_1T)
+        _, keys, values = self.stack(self.history(ids, place_1T), mask_BTS)
+        return tokens.by_layer(keys), tokens.by_layer(values)
+
+
+class _Decode(nn.Module):
+    def __init__(self, model: HSTURanking) -> None:
+        super().__init__()
+        self.model = model
+        self.history = _History(model)
+        self.timed = bool(model.config.time_buckets)
+
+    def forward(
+        self,
+        past_keys: Tensor,
+        past_values: Tensor,
+        past_lengths: Tensor,
+        ids: Tensor,
+        low: Tensor,
+        high: Tensor,
+        candidate_items: Tensor,
+        candidate_low: Tensor,
+        candidate_high: Tensor,
+        candidate_features: Tensor | None = None,
+        context_features: Tensor | None = None,
+        candidate_bucket: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        model, config = self.model, self.model.config
+        past = Past(past_keys, past_values, past_lengths)
+        place_BT = tokens.token_places(ids, past)
+        sight = tokens.sight(place_BT, low, high, candidate_low, candidate_high, past)
+        item_BCD = model.candidates(model.item_content(candidate_items), candidate_features)
+        x_BCD = self._targets(item_BCD, context_features, candidate_bucket)
+        x_BRD = torch.cat([self.history(ids, place_BT), x_BCD], dim=1)
+        keys, values = [], []
+        for i, layer in enumerate(cast("Iterable[HSTULayer]", model.stack.layers)):
+            u_BRF, v_BRHV, q_BRHK, k_BRHK = layer.project(x_BRD)
+            attended_BRHV = tokens.attention_with_self(
+                q_BRHK,
+                k_BRHK,
+                v_BRHV,
+                sight,
+                past.layer(i),
+                alpha=config.scale,
+                divisor=config.divisor,
+            )
+            x_BRD = layer.output(layer.gate(u_BRF, attended_BRHV.flatten(-2))) + x_BRD
+            keys.append(k_BRHK[:, : sight.tokens])
+            values.append(v_BRHV[:, : sight.tokens])
+        scores_BCO = model.logits(x_BRD[:, sight.tokens :], model.item_mlp(item_BCD))
+        return scores_BCO, tokens.by_layer(keys), tokens.by_layer(values)
+
+    def _targets(
+        self, item_BCD: Tensor, context_BG: Tensor | None, bucket_B: Tensor | None
+    ) -> Tensor:
+        model = self.model
+        context_B1G = None if context_BG is None else context_BG[:, None]
+        position = torch.full(
+            (1, 1), model.config.num_prefix_tokens, dtype=torch.int32, device=item_BCD.device
+        )
+        bucket = None
+        if self.timed:
+            # Until the request no time passes, if that is what is counted.
+            bucket = torch.zeros_like(position) if bucket_B is None else bucket_B[:, None]
+        return model.placed(model.targets(item_BCD, context_B1G), position, bucket)
