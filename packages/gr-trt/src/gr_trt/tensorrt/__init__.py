@@ -1,0 +1,3 @@
+"""TensorRT and TensorRT for RTX: the exporter and the engine ``tensorrt``."""
+
+from __future__ import annotations
