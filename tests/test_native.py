@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gr_core import Candidates, History, RecommendRequest, Task
+from gr_core import Task
 from gr_core.contracts import Artifact, Cache, EngineOptions, InferenceResult
 from gr_core.plugins.host import PluginHost
 from gr_core.plugins.registry import Registry
@@ -19,9 +19,8 @@ from gr_hstu.model import HSTUModel
 from gr_hstu.testing import (
     CASES,
     CONFIGS,
-    IDS,
     KINDS,
-    NOW_MS,
+    Users,
     a_request,
     encode,
     load,
@@ -106,68 +105,6 @@ def test_a_pass_in_pieces_is_one_pass(
         assert_equal(split.infer(batch), at_once, f"{tokens} tokens at once")
         split.close()
     engine.close()
-
-
-class Users:
-    """Histories that grow, are edited, reordered and cut, as users' do and should not."""
-
-    def __init__(self, seed: int, users: int) -> None:
-        self.random = np.random.default_rng(seed)
-        self.now = NOW_MS
-        self.rows: list[list[tuple[int, int, float]]] = [[] for _ in range(users)]
-
-    def request(self) -> RecommendRequest:
-        random = self.random
-        user = int(random.integers(len(self.rows)))
-        rows = self.rows[user]
-        match random.choice(
-            ["grow", "same", "edit", "reorder", "drop_oldest", "drop_newest", "copy"],
-            p=[0.5, 0.2, 0.06, 0.06, 0.06, 0.06, 0.06],
-        ):
-            case "grow":
-                for _ in range(int(random.integers(1, 6))):
-                    self.now += int(random.integers(1, 300_000))
-                    item = int(random.choice(IDS))
-                    rows.append((item, self.now, float(random.integers(0, 2))))
-                del rows[:-40]
-            case "edit" if rows:
-                place = int(random.integers(len(rows)))
-                rows[place] = (int(random.choice(IDS)), *rows[place][1:])
-            case "reorder" if len(rows) > 1:
-                one, other = random.choice(len(rows), 2, replace=False)
-                rows[one], rows[other] = (
-                    (rows[other][0], *rows[one][1:]),
-                    (rows[one][0], *rows[other][1:]),
-                )
-            case "drop_oldest":
-                del rows[: int(random.integers(1, 4))]
-            case "drop_newest":
-                del rows[len(rows) - int(random.integers(0, 4)) :]
-            case "copy":
-                self.rows[user] = list(self.rows[int(random.integers(len(self.rows)))])
-                rows = self.rows[user]
-        items, times, liked = (
-            (list(column) for column in zip(*rows, strict=True))
-            if rows
-            else (
-                [],
-                [],
-                [],
-            )
-        )
-        count = int(random.integers(1, 12))
-        return RecommendRequest(
-            History(
-                np.array(items, np.int64),
-                np.array(times, np.int64),
-                {"is_liked": np.array(liked, np.float32)},
-            ),
-            user_id=f"user {user}",
-            user_features={"gender": "f" if user % 2 else "m"},
-            context_features={"hour": int(random.integers(24))},
-            request_time_ms=self.now + int(random.choice([0, 1000, 400_000])),
-            candidates=Candidates(random.choice(IDS, count, replace=False)),
-        )
 
 
 def a_version(folder: Path, kind: str, number: int) -> HSTUModel:

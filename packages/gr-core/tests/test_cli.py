@@ -407,18 +407,18 @@ def test_bench_remembers_what_is_quickest_and_measures_nothing_wrong(gr: Gr, mod
 
 
 def test_export(gr: Gr, models: str, tmp_path: Path):
-    assert gr("export", "tiny", "--to", "three", "--option", "n=3", "--option", "s=x") == (
+    assert gr("export", "tiny", "--format", "three", "--target", "sm89", "--option", "n=3", "--option", "s=x") == (
         "numpy → two → three: wrote tiny-2-three\n"
     )
     text = (tmp_path / "tiny-2-three" / "artifact.txt").read_text()
-    assert text == 'two{"n": 3, "s": "x"}'
-    assert "tiny-2-three: exists" in gr("export", "tiny", "--to", "three", status=2)
-    gr("export", "tiny", "--to", "three", "--overwrite", "--version", "1", "--out", "tiny-2-three")
+    assert text == 'two{"n": 3, "s": "x", "target": "sm89"}'
+    assert "tiny-2-three: exists" in gr("export", "tiny", "--format", "three", status=2)
+    gr("export", "tiny", "--format", "three", "--overwrite", "--version", "1", "--out", "tiny-2-three")
     assert (tmp_path / "tiny-2-three" / "artifact.txt").read_text() == "two{}"
-    shown = gr("export", "tiny", "--to", "onnx", status=2)
+    shown = gr("export", "--model", "tiny", "--to", "onnx", status=2)
     assert "no exporter makes onnx of tiny (numpy)" in shown
     assert "one (numpy → two), two (two → three)" in shown
-    gr("export", "tiny", "--to", "two", "--option", "fail=true", status=2)
+    gr("export", "tiny", "--format", "two", "--option", "fail=true", status=2)
     assert not (tmp_path / "tiny-2-two").exists()
     assert not list(tmp_path.glob(".tiny*")), "nothing half done is left behind"
 

@@ -141,3 +141,58 @@ def a_request(
 
 def encode(model: HSTUModel, task: Task, request: RecommendRequest, k: int = 10) -> EncodedRequest:
     return dataclasses.replace(model.encode(request, task).request, k=k)
+
+
+class Users:
+    """Histories that grow, are edited, reordered and cut, as users' do and should not."""
+
+    def __init__(self, seed: int, users: int) -> None:
+        self.random = np.random.default_rng(seed)
+        self.now = NOW_MS
+        self.rows: list[list[tuple[int, int, float]]] = [[] for _ in range(users)]
+
+    def request(self) -> RecommendRequest:
+        """The next request of one of them."""
+        random = self.random
+        user = int(random.integers(len(self.rows)))
+        rows = self.rows[user]
+        match random.choice(
+            ["grow", "same", "edit", "reorder", "drop_oldest", "drop_newest", "copy"],
+            p=[0.5, 0.2, 0.06, 0.06, 0.06, 0.06, 0.06],
+        ):
+            case "grow":
+                for _ in range(int(random.integers(1, 6))):
+                    self.now += int(random.integers(1, 300_000))
+                    item = int(random.choice(IDS))
+                    rows.append((item, self.now, float(random.integers(0, 2))))
+                del rows[:-40]
+            case "edit" if rows:
+                place = int(random.integers(len(rows)))
+                rows[place] = (int(random.choice(IDS)), *rows[place][1:])
+            case "reorder" if len(rows) > 1:
+                one, other = random.choice(len(rows), 2, replace=False)
+                rows[one], rows[other] = (
+                    (rows[other][0], *rows[one][1:]),
+                    (rows[one][0], *rows[other][1:]),
+                )
+            case "drop_oldest":
+                del rows[: int(random.integers(1, 4))]
+            case "drop_newest":
+                del rows[len(rows) - int(random.integers(0, 4)) :]
+            case "copy":
+                self.rows[user] = list(self.rows[int(random.integers(len(self.rows)))])
+                rows = self.rows[user]
+        items, times, liked = (list(c) for c in zip(*rows, strict=True)) if rows else ([], [], [])
+        count = int(random.integers(1, 12))
+        return RecommendRequest(
+            History(
+                np.array(items, np.int64),
+                np.array(times, np.int64),
+                {"is_liked": np.array(liked, np.float32)},
+            ),
+            user_id=f"user {user}",
+            user_features={"gender": "f" if user % 2 else "m"},
+            context_features={"hour": int(random.integers(24))},
+            request_time_ms=self.now + int(random.choice([0, 1000, 400_000])),
+            candidates=Candidates(item_id_array(random.choice(IDS, count, replace=False).tolist())),
+        )

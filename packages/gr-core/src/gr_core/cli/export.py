@@ -17,25 +17,40 @@ if TYPE_CHECKING:
 
 
 @click.command(name="export")
-@click.argument("name", metavar="MODEL")
+@click.argument("name", metavar="[MODEL]", default="")
 @configured
-@click.option("--to", "target", required=True, metavar="FORMAT", help="E.g. onnx, tensorrt, vllm.")
+@click.option("--model", "named", default="", metavar="MODEL", help="The same as the argument.")
+@click.option(
+    *("--format", "--to", "format_"),
+    required=True,
+    metavar="FORMAT",
+    help="E.g. onnx, tensorrt, triton-repository.",
+)
 @click.option("--version", "version", default="", help="Version; default: the active one.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder; default: NAME-VERSION-FORMAT."
 )
 @click.option("--device", default="cpu", help="Device that it is made for.")
-@click.option("--dtype", default="float32", help="Precision.")
+@click.option("--precision", "--dtype", "dtype", default="float32", help="E.g. float16, int8.")
+@click.option(
+    "--task", "tasks", multiple=True, help="Only this task; may be repeated. The option `tasks`."
+)
+@click.option(
+    "--target", default="", help="Machine that it is made for, e.g. sm89. The option `target`."
+)
 @click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="For the exporters.")
 @click.option("--overwrite", is_flag=True, help="Replace the folder if it is there.")
 def export(
     setup: Setup,
     name: str,
-    target: str,
+    named: str,
+    format_: str,
     version: str,
     out: Path | None,
     device: str,
     dtype: str,
+    tasks: tuple[str, ...],
+    target: str,
     options: tuple[str, ...],
     overwrite: bool,
 ) -> None:
@@ -48,13 +63,20 @@ def export(
     from gr_core.planner import export_path
     from gr_core.repository.bundle import atomic_folder
 
-    bundle = setup.repository.bundle(name, version)
+    if bool(name) == bool(named):
+        raise click.UsageError("name one model, as the argument or with --model")
+    bundle = setup.repository.bundle(name or named, version)
     descriptor = setup.registry.models[bundle.architecture]
-    start, path = export_path(setup.registry, bundle.architecture, target)
-    out = out or Path(f"{bundle.name}-{bundle.version}-{target}")
+    start, path = export_path(setup.registry, bundle.architecture, format_)
+    out = out or Path(f"{bundle.name}-{bundle.version}-{format_}")
     if out.exists() and not overwrite:
         raise BundleError(f"{out}: exists; choose another folder with --out, or say --overwrite")
-    given = ExportOptions(device, dtype, _options(options))
+    extra = _options(options)
+    if tasks:
+        extra["tasks"] = list(tasks)
+    if target:
+        extra["target"] = target
+    given = ExportOptions(device, dtype, extra)
     bundle.check_files()
     model = descriptor.resolve()(bundle)
     artifact = Artifact(start, bundle.path)

@@ -1,0 +1,3 @@
+"""Torch to ONNX: the exporter ``onnx``."""
+
+from __future__ import annotations

@@ -1,0 +1,136 @@
+"""The exporter ``onnx``: a model's torch modules as a folder of verified graphs."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from gr_core.contracts import Artifact, ExportOptions, Model, TorchModel
+from gr_core.errors import PlanError
+from gr_trt.ensemble import Ensemble, Graph
+from gr_trt.export.lengths import examples, lengths
+from gr_trt.export.options import OnnxOptions
+from gr_trt.export.sources import sources
+from gr_trt.export.torch_export import (
+    TORCH_DTYPES,
+    WeightsFile,
+    batch,
+    in_precision,
+    properties,
+    save,
+    to_onnx,
+)
+from gr_trt.export.verify import verify
+from gr_trt.options import own_options
+
+logger = logging.getLogger(__name__)
+
+IR_VERSION = 10
+"""What ONNX Runtime from 1.18 and TensorRT from 10 on read."""
+DTYPES = (*TORCH_DTYPES, "int8")
+
+
+class OnnxExporter:
+    """torch → onnx; its options are those of `OnnxOptions` and, in int8, of quantization."""
+
+    def export(
+        self, artifact: Artifact, model: Model, out_dir: Path, options: ExportOptions
+    ) -> Artifact:
+        own = own_options(OnnxOptions, options.extra, "exporter onnx")
+        if not isinstance(model, TorchModel):
+            raise PlanError(f"exporter onnx: {type(model).__name__} offers no torch module")
+        if options.dtype not in DTYPES:
+            raise PlanError(
+                f"exporter onnx: dtype is {options.dtype!r}; expected one of {', '.join(DTYPES)}"
+            )
+        if options.dtype != "int8":
+            _export(model, out_dir, options.dtype, own)
+            return Artifact("onnx", out_dir)
+        from gr_trt.quantization import QuantizationOptions, quantize_ensemble
+
+        quantization = own_options(QuantizationOptions, options.extra, "exporter onnx")
+        with tempfile.TemporaryDirectory(prefix="gr-onnx-") as scratch:
+            _export(model, Path(scratch), "float32", own)
+            quantize_ensemble(Path(scratch), out_dir, model, quantization)
+        return Artifact("onnx", out_dir)
+
+
+def _export(model: TorchModel, out_dir: Path, dtype: str, own: OnnxOptions) -> Ensemble:
+    bundle = model.bundle
+    tasks = [task for task in model.tasks if not own.tasks or task.value in own.tasks]
+    if not tasks:
+        raise PlanError(
+            f"exporter onnx: option tasks is {list(own.tasks)}; {bundle.name} can only "
+            f"{', '.join(task.value for task in model.tasks)}"
+        )
+    requests = {task: examples(model, task) for task in tasks}
+    ensemble = Ensemble(
+        model=bundle.name,
+        version=bundle.version,
+        architecture=bundle.architecture,
+        identity=bundle.identity.hex(),
+        dtype=dtype,
+        opset=own.opset,
+        ir_version=IR_VERSION,
+        heads=tuple(model.heads),
+        catalogue_size=len(model.catalogue),
+        graphs=(),
+        axes=lengths(model, tasks, own.max_candidates),
+    )
+    facts = {
+        "model": bundle.name,
+        "version": bundle.version,
+        "architecture": bundle.architecture,
+        "identity": ensemble.identity,
+        "dtype": dtype,
+    }
+    weights: WeightsFile | None = None
+    graphs: list[Graph] = []
+    try:
+        for source in sources(model, tasks, requests):
+            file = out_dir / f"{source.name}.onnx"
+            example = batch(source.inputs, source.examples[:2])
+            onnx_model = to_onnx(source, dtype, own.opset, example)
+            onnx_model.ir_version = IR_VERSION
+            size = sum(
+                value.const_value.nbytes
+                for value in onnx_model.graph.initializers.values()
+                if value.const_value is not None
+            )
+            if size > own.inline_bytes and weights is None:
+                weights = WeightsFile(out_dir)
+            beside = weights if size > own.inline_bytes else None
+            role = {"role": source.role.value, "tasks": [task.value for task in source.tasks]}
+            save(onnx_model, file, beside, properties(facts | role))
+            if weights is not None:
+                weights.flush()
+            parity = verify(file, source, dtype)
+            logger.info(
+                "%s/%s: %s in %s, %d nodes, differs from torch by %.2g (%g allowed)",
+                bundle.name,
+                bundle.version,
+                file.name,
+                dtype,
+                len(onnx_model.graph),
+                parity.max_error,
+                parity.tolerance,
+            )
+            graphs.append(
+                Graph(
+                    name=source.name,
+                    file=file.name,
+                    role=source.role,
+                    tasks=source.tasks,
+                    inputs=in_precision(source.inputs, dtype),
+                    outputs=in_precision(source.outputs, dtype),
+                    parity=parity,
+                )
+            )
+    finally:
+        if weights is not None:
+            weights.close()
+    ensemble = replace(ensemble, graphs=tuple(graphs))
+    ensemble.write(out_dir)
+    return ensemble

@@ -1,0 +1,3 @@
+"""The engine ``onnxruntime``."""
+
+from __future__ import annotations
