@@ -26,7 +26,8 @@ class GroupLayerNorm(nn.Module):
 
     def forward(self, x_BTF: Tensor, group_BT: Tensor) -> Tensor:
         normed_BTF = F.layer_norm(x_BTF, (x_BTF.shape[-1],), eps=self.eps)
-        return normed_BTF * self.weight[group_BT] + self.bias[group_BT]
+        scale_BTF, shift_BTF = (F.embedding(group_BT, p) for p in (self.weight, self.bias))
+        return normed_BTF * scale_BTF + shift_BTF
 
 
 class MTGRLayer(nn.Module):

@@ -19,12 +19,12 @@ from gr_core.contracts import ArraySpec, EncodedRequest
 from gr_core.stack import TokenSequence
 from gr_core.steps import CANDIDATE, PAST_LENGTHS, SCORES, TOKEN, Step
 from gr_core.types import Task
-from gr_hstu.jagged.rows import elapsed_at_request, to_ids
+from gr_hstu.jagged.rows import elapsed_at_request
 from gr_hstu.models import MTGR
 from gr_hstu.modules import masks
-from gr_hstu.modules.mtgr import MTGRLayer
+from gr_hstu.modules.mtgr import MTGRLayer, MTGRStack
 from gr_hstu.steps import tokens
-from gr_hstu.steps.tokens import Past
+from gr_hstu.steps.tokens import Past, Sight
 
 GROUPS = "groups"
 
@@ -37,6 +37,8 @@ class MTGRSteps:
         self._module = module
         self._timed = bool(config.time_buckets)
         self._width = 1 + len(module.signals) + self._timed
+        prefix = config.context_placement == "prefix"
+        self._first_rows = tokens.first_rows([module.users, *[module.contexts][:prefix]])
         self._crosses = len(module.crosses)
         self._contexts = len(module.contexts) if config.context_placement == "candidate" else 0
         self._kv = (config.num_layers, config.num_heads, config.qk_dim, config.v_dim)
@@ -83,7 +85,7 @@ class MTGRSteps:
         given, n = request.arrays, sequence.history
         arrays: dict[str, npt.NDArray[Any]] = {
             PAST_LENGTHS: np.array(start, np.int32),
-            tokens.IDS: to_ids(sequence.content)[start:, : self._width],
+            tokens.IDS: tokens.step_ids(sequence, start, self._width, self._first_rows),
             GROUPS: sequence.groups[start:n].astype(np.int32),
             tokens.LOW: sequence.low[start:n],
             tokens.HIGH: sequence.high[start:n],
@@ -106,7 +108,6 @@ class _History(nn.Module):
     """The input of the tokens of U, S and R."""
 
     users: Tensor
-    offsets: Tensor
 
     def __init__(self, model: MTGR) -> None:
         super().__init__()
@@ -123,23 +124,45 @@ class _History(nn.Module):
             with torch.no_grad():
                 users = [p(t) for p, t in zip(model.user_projections, tables, strict=True)]
             self.register_buffer("users", torch.cat(users))
-            self.register_buffer("offsets", tokens.offsets_of(tables))
 
     def forward(self, ids_BTW: Tensor, place_BT: Tensor) -> Tensor:
         model, timed_at = self.model, 1 + self.signals
-        items_BT = ids_BTW[..., 0]
-        users_BT = None
+        first_BT = items_BT = tokens.first_ids(ids_BTW, model.item_side)
+        is_user_BT = place_BT < self.prefix
         if self.prefix:
-            users_BT, items_BT = tokens.feature_rows(items_BT, place_BT, self.offsets, self.prefix)
+            items_BT = torch.where(is_user_BT, 0, first_BT)
         content = model.behaviours(model.item_content(items_BT), ids_BTW[..., 1:timed_at])
         # Position 0 is the candidates', those of behaviours count from 1, after U.
         position_BT = (place_BT + (1 - self.prefix)).clamp(min=0)
         bucket_BT = ids_BTW[..., timed_at] if self.timed else None
         x_BTD: Tensor = model.position_time(model.behaviour_mlp(content), position_BT, bucket_BT)
-        if users_BT is not None:
-            is_user_BT1 = (place_BT < self.prefix)[..., None]
-            x_BTD = torch.where(is_user_BT1, F.embedding(users_BT, self.users), x_BTD)
+        if self.prefix:
+            users_BTD = F.embedding(torch.where(is_user_BT, first_BT, 0), self.users)
+            x_BTD = torch.where(is_user_BT[..., None], users_BTD, x_BTD)
         return x_BTD
+
+
+def _run(
+    stack: MTGRStack, x_BRD: Tensor, group_BR: Tensor, sight: Sight, past: Past | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Y (B, R, D), and of the given tokens K (B, M, T, H, K) and V (B, M, T, H, V)."""
+    keys, values = [], []
+    for i, layer in enumerate(cast("Iterable[MTGRLayer]", stack.layers)):
+        u_BRF, v_BRHV, q_BRHK, k_BRHK = layer.project(x_BRD, group_BR)
+        attended_BRHV = tokens.attention(
+            q_BRHK,
+            k_BRHK,
+            v_BRHV,
+            sight,
+            None if past is None else past.layer(i),
+            alpha=1.0,
+            divisor=layer.config.max_seq_len,
+        )
+        gated_BRF = layer.gate(u_BRF, attended_BRHV.flatten(-2), group_BR)
+        x_BRD = layer.output(gated_BRF) + x_BRD
+        keys.append(k_BRHK)
+        values.append(v_BRHV)
+    return x_BRD, tokens.by_layer(keys, sight), tokens.by_layer(values, sight)
 
 
 class _Prefill(nn.Module):
@@ -152,11 +175,9 @@ class _Prefill(nn.Module):
         self, ids: Tensor, groups: Tensor, low: Tensor | None = None, high: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         place_1T = tokens.token_places(ids, None)
-        mask_BTS = tokens.itself(place_1T, place_1T)
-        if low is not None and high is not None:
-            mask_BTS = mask_BTS | tokens.inside(low, high, place_1T)
-        _, keys, values = self.stack(self.history(ids, place_1T), groups, mask_BTS)
-        return tokens.by_layer(keys), tokens.by_layer(values)
+        sight = tokens.history_sight(place_1T, low, high, None)
+        _, keys, values = _run(self.stack, self.history(ids, place_1T), groups, sight, None)
+        return keys, values
 
 
 class _Decode(nn.Module):
@@ -184,31 +205,16 @@ class _Decode(nn.Module):
         model = self.model
         past = Past(past_keys, past_values, past_lengths)
         place_BT = tokens.token_places(ids, past)
-        sight = tokens.sight(place_BT, low, high, candidate_low, candidate_high, past)
+        sight = tokens.candidate_sight(place_BT, low, high, candidate_low, candidate_high, past)
         x_BCD = self._candidates(
             candidate_items, candidate_features, context_features, candidate_bucket
         )
         x_BRD = torch.cat([self.history(ids, place_BT), x_BCD], dim=1)
         group_BC = torch.full_like(candidate_low, masks.CANDIDATE)
         group_BR = torch.cat([groups, group_BC], dim=1)
-        keys, values = [], []
-        for i, layer in enumerate(cast("Iterable[MTGRLayer]", model.stack.layers)):
-            u_BRF, v_BRHV, q_BRHK, k_BRHK = layer.project(x_BRD, group_BR)
-            attended_BRHV = tokens.attention_with_self(
-                q_BRHK,
-                k_BRHK,
-                v_BRHV,
-                sight,
-                past.layer(i),
-                alpha=1.0,
-                divisor=model.config.max_seq_len,
-            )
-            gated_BRF = layer.gate(u_BRF, attended_BRHV.flatten(-2), group_BR)
-            x_BRD = layer.output(gated_BRF) + x_BRD
-            keys.append(k_BRHK[:, : sight.tokens])
-            values.append(v_BRHV[:, : sight.tokens])
+        x_BRD, keys, values = _run(model.stack, x_BRD, group_BR, sight, past)
         scores_BCO = model.heads(x_BRD[:, sight.tokens :])
-        return scores_BCO, tokens.by_layer(keys), tokens.by_layer(values)
+        return scores_BCO, keys, values
 
     def _candidates(
         self,

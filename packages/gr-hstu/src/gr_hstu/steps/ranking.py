@@ -5,8 +5,8 @@ Shapes: B batch, W ids of a token, T tokens given, C candidates, G feature colum
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +18,8 @@ from gr_core.contracts import ArraySpec, EncodedRequest
 from gr_core.stack import TokenSequence
 from gr_core.steps import CANDIDATE, PAST_LENGTHS, SCORES, TOKEN, Step
 from gr_core.types import Task
-from gr_hstu.jagged.rows import elapsed_at_request, to_ids
+from gr_hstu.jagged.rows import elapsed_at_request
 from gr_hstu.models import HSTURanking
-from gr_hstu.modules.hstu import HSTULayer
 from gr_hstu.steps import tokens
 from gr_hstu.steps.tokens import Past
 
@@ -35,6 +34,8 @@ class RankingSteps:
         self._from_end = bool(config.position_buckets) and config.position_from == "end"
         self._width = 1 + len(module.signals) + self._timed + self._from_end
         self._bucket = self._timed and config.time_from == "previous"
+        prefix = config.context_placement == "prefix"
+        self._first_rows = tokens.first_rows([module.users, *[module.contexts][:prefix]])
         self._crosses = len(module.crosses)
         self._contexts = len(module.contexts) if config.context_placement == "candidate" else 0
         self._kv = (config.num_layers, config.num_heads, config.d_qk, config.d_v)
@@ -74,7 +75,7 @@ class RankingSteps:
         given, n = request.arrays, sequence.history
         arrays: dict[str, npt.NDArray[Any]] = {
             PAST_LENGTHS: np.array(start, np.int32),
-            tokens.IDS: to_ids(sequence.content)[start:],
+            tokens.IDS: tokens.step_ids(sequence, start, self._width, self._first_rows),
             tokens.LOW: sequence.low[start:n],
             tokens.HIGH: sequence.high[start:n],
             tokens.CANDIDATE_ITEMS: given["candidate_items"],
@@ -96,7 +97,6 @@ class _History(nn.Module):
     """The input of the history's tokens."""
 
     features: Tensor
-    offsets: Tensor
 
     def __init__(self, model: HSTURanking) -> None:
         super().__init__()
@@ -111,25 +111,22 @@ class _History(nn.Module):
             tables += tokens.tables_of(model.contexts)
         if tables:
             self.register_buffer("features", torch.cat(tables))
-            self.register_buffer("offsets", tokens.offsets_of(tables))
 
     def forward(self, ids_BTW: Tensor, place_BT: Tensor) -> Tensor:
         model, timed_at = self.model, 1 + self.signals
-        items_BT = ids_BTW[..., 0]
-        features_BT = None
+        first_BT = items_BT = tokens.first_ids(ids_BTW, model.item_side)
+        is_feature_BT = place_BT < self.prefix
         if self.prefix:
-            features_BT, items_BT = tokens.feature_rows(
-                items_BT, place_BT, self.offsets, self.prefix
-            )
+            items_BT = torch.where(is_feature_BT, 0, first_BT)
         x_BTD = model.behaviours(model.item_content(items_BT), ids_BTW[..., 1:timed_at])
-        if features_BT is not None:
-            is_feature_BT1 = (place_BT < self.prefix)[..., None]
-            x_BTD = torch.where(is_feature_BT1, F.embedding(features_BT, self.features), x_BTD)
+        if self.prefix:
+            features_BTD = F.embedding(torch.where(is_feature_BT, first_BT, 0), self.features)
+            x_BTD = torch.where(is_feature_BT[..., None], features_BTD, x_BTD)
         if self.from_end:
             position_BT = ids_BTW[..., -1]
         else:
             # Row `prefix` of the position table is the candidates'.
-            position_BT = torch.where(place_BT < self.prefix, place_BT, place_BT + 1)
+            position_BT = torch.where(is_feature_BT, place_BT, place_BT + 1)
         return model.placed(x_BTD, position_BT, ids_BTW[..., timed_at] if self.timed else None)
 
 
@@ -143,11 +140,9 @@ class _Prefill(nn.Module):
         self, ids: Tensor, low: Tensor | None = None, high: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         place_1T = tokens.token_places(ids, None)
-        mask_BTS = tokens.itself(place_1T, place_1T)
-        if low is not None and high is not None:
-            mask_BTS = mask_BTS | tokens.inside(low, high, place_1T)
-        _, keys, values = self.stack(self.history(ids, place_1T), mask_BTS)
-        return tokens.by_layer(keys), tokens.by_layer(values)
+        sight = tokens.history_sight(place_1T, low, high, None)
+        _, keys, values = tokens.run_hstu(self.stack, self.history(ids, place_1T), sight, None)
+        return keys, values
 
 
 class _Decode(nn.Module):
@@ -172,30 +167,16 @@ class _Decode(nn.Module):
         context_features: Tensor | None = None,
         candidate_bucket: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        model, config = self.model, self.model.config
+        model = self.model
         past = Past(past_keys, past_values, past_lengths)
         place_BT = tokens.token_places(ids, past)
-        sight = tokens.sight(place_BT, low, high, candidate_low, candidate_high, past)
+        sight = tokens.candidate_sight(place_BT, low, high, candidate_low, candidate_high, past)
         item_BCD = model.candidates(model.item_content(candidate_items), candidate_features)
         x_BCD = self._targets(item_BCD, context_features, candidate_bucket)
         x_BRD = torch.cat([self.history(ids, place_BT), x_BCD], dim=1)
-        keys, values = [], []
-        for i, layer in enumerate(cast("Iterable[HSTULayer]", model.stack.layers)):
-            u_BRF, v_BRHV, q_BRHK, k_BRHK = layer.project(x_BRD)
-            attended_BRHV = tokens.attention_with_self(
-                q_BRHK,
-                k_BRHK,
-                v_BRHV,
-                sight,
-                past.layer(i),
-                alpha=config.scale,
-                divisor=config.divisor,
-            )
-            x_BRD = layer.output(layer.gate(u_BRF, attended_BRHV.flatten(-2))) + x_BRD
-            keys.append(k_BRHK[:, : sight.tokens])
-            values.append(v_BRHV[:, : sight.tokens])
+        x_BRD, keys, values = tokens.run_hstu(model.stack, x_BRD, sight, past)
         scores_BCO = model.logits(x_BRD[:, sight.tokens :], model.item_mlp(item_BCD))
-        return scores_BCO, tokens.by_layer(keys), tokens.by_layer(values)
+        return scores_BCO, keys, values
 
     def _targets(
         self, item_BCD: Tensor, context_BG: Tensor | None, bucket_B: Tensor | None

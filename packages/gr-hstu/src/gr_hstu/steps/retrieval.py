@@ -17,7 +17,6 @@ from gr_core.contracts import ArraySpec, EncodedRequest
 from gr_core.stack import TokenSequence
 from gr_core.steps import CANDIDATE, PAST, PAST_LENGTHS, SCORES, TOKEN, USER, Step
 from gr_core.types import Task
-from gr_hstu.jagged.rows import to_ids
 from gr_hstu.models import HSTURetrieval
 from gr_hstu.modules.bias import relative_index
 from gr_hstu.steps import tokens
@@ -83,7 +82,7 @@ class RetrievalSteps:
         arrays: dict[str, npt.NDArray[Any]] = {
             PAST_LENGTHS: np.array(start, np.int32),
             LENGTHS: np.array(sequence.history - start, np.int32),
-            tokens.IDS: to_ids(sequence.content)[start:, : self._width],
+            tokens.IDS: tokens.step_ids(sequence, start, self._width, tokens.first_rows([])),
             tokens.LOW: sequence.low[start:],
             tokens.HIGH: sequence.high[start:],
         }
@@ -118,10 +117,7 @@ class _Encoder(nn.Module):
         """Y (B, T, D), K (B, M, T, H, K), V (B, M, T, H, V)."""
         model, config = self.model, self.model.config
         place_BT = tokens.token_places(ids_BTW, past)
-        key_BS = tokens.key_places(place_BT, past)
-        mask_BTS = tokens.itself(place_BT, key_BS)
-        if low_BT is not None and high_BT is not None:
-            mask_BTS = mask_BTS | tokens.inside(low_BT, high_BT, key_BS)
+        sight = tokens.history_sight(place_BT, low_BT, high_BT, past)
         # Padded tokens may stand beyond the last position.
         position_BT = place_BT.clamp(max=config.max_seq_len - 1)
         index = None
@@ -132,19 +128,13 @@ class _Encoder(nn.Module):
             index = relative_index(
                 position_BT,
                 next_times_BT,
-                key_BS.clamp(min=0, max=config.max_seq_len - 1),
+                tokens.key_places(place_BT, past).clamp(min=0, max=config.max_seq_len - 1),
                 key_times_BS,
                 num_positions=config.max_seq_len,
                 num_buckets=config.time_bias_buckets,
             )
         x_BTD = model.placed(ids_BTW[..., 0], ids_BTW[..., 1:], position_BT)
-        keys, values = [], []
-        for i, layer in enumerate(model.stack.layers):
-            layer_past = None if past is None else past.layer(i)
-            x_BTD, k_BTHK, v_BTHV = layer(x_BTD, mask_BTS, index, layer_past)
-            keys.append(k_BTHK)
-            values.append(v_BTHV)
-        return x_BTD, tokens.by_layer(keys), tokens.by_layer(values)
+        return tokens.run_hstu(model.stack, x_BTD, sight, past, index)
 
     def user(self, x_BTD: Tensor, lengths_B: Tensor) -> Tensor:
         """The users (B, D) after the last tokens, zeros without any."""

@@ -10,14 +10,16 @@ R = T + C rows, M layers, H heads, K columns of Q and K per head, V columns of V
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gr_core.contracts import ArraySpec
+from gr_core.stack import TokenSequence
 from gr_core.steps import (
     CANDIDATE,
     KEYS,
@@ -28,8 +30,11 @@ from gr_core.steps import (
     TOKEN,
     VALUES,
 )
-from gr_hstu.modules.attention import hstu_attention
+from gr_hstu.jagged.intervals import Int32Array
+from gr_hstu.jagged.rows import to_ids
+from gr_hstu.modules.bias import RelativeBias, RelativeIndex
 from gr_hstu.modules.embeddings import FeatureEmbeddings
+from gr_hstu.modules.hstu import HSTULayer, HSTUStack
 
 IDS, LOW, HIGH = "ids", "low", "high"
 CANDIDATE_ITEMS, CANDIDATE_FEATURES = "candidate_items", "candidate_features"
@@ -78,15 +83,28 @@ def itself(place_BT: Tensor, key_BS: Tensor) -> Tensor:
 
 
 class Sight(NamedTuple):
-    """Whom the rows of a decode step see among the keys; each sees itself besides."""
+    """Whom the rows of a step see."""
 
-    others_BRS: Tensor
-    """bool."""
+    mask_BRS: Tensor
+    """bool; the rows among the keys."""
     tokens: int
     """T, how many of the rows are keys."""
+    apart: bool
+    """Whether the mask leaves each row's own key to `attention`, as candidates are no keys."""
 
 
-def sight(
+def history_sight(
+    place_BT: Tensor, low_BT: Tensor | None, high_BT: Tensor | None, past: Past | None
+) -> Sight:
+    """Of given tokens alone; without intervals only of themselves."""
+    key_BS = key_places(place_BT, past)
+    mask_BTS = itself(place_BT, key_BS)
+    if low_BT is not None and high_BT is not None:
+        mask_BTS = mask_BTS | inside(low_BT, high_BT, key_BS)
+    return Sight(mask_BTS, place_BT.shape[1], apart=False)
+
+
+def candidate_sight(
     place_BT: Tensor, low_BT: Tensor, high_BT: Tensor, low_BC: Tensor, high_BC: Tensor, past: Past
 ) -> Sight:
     """Of given tokens, then candidates."""
@@ -94,48 +112,83 @@ def sight(
     place_BR = torch.cat([place_BT, torch.full_like(low_BC, NOWHERE)], dim=1)
     low_BR, high_BR = torch.cat([low_BT, low_BC], dim=1), torch.cat([high_BT, high_BC], dim=1)
     others_BRS = inside(low_BR, high_BR, key_BS) & ~itself(place_BR, key_BS)
-    return Sight(others_BRS, place_BT.shape[1])
+    return Sight(others_BRS, place_BT.shape[1], apart=True)
 
 
-def attention_with_self(
+def attention(
     q_BRHK: Tensor,
     k_BRHK: Tensor,
     v_BRHV: Tensor,
     sight: Sight,
-    past: tuple[Tensor, Tensor],
+    past: tuple[Tensor, Tensor] | None,
     *,
     alpha: float,
     divisor: float,
+    bias_BRS: Tensor | None = None,
 ) -> Tensor:
-    """(B, R, H, V): `hstu_attention` over cached and given tokens, and over each row itself.
+    """(B, R, H, V): `modules.attention.hstu_attention` in the form that compilers do best.
 
-    The attention is a sum over keys, so that a candidate's own one can be added apart. Else each
-    candidate were a key of all others, only to be masked.
+    That is products of matrices, and scales on the small operands. As the attention is a sum over
+    keys, a candidate's own key can be added apart: else each candidate were a key of all others,
+    only to be masked.
     """
-    k_BSHK = torch.cat([past[0], k_BRHK[:, : sight.tokens]], dim=1)
-    v_BSHV = torch.cat([past[1], v_BRHV[:, : sight.tokens]], dim=1)
-    others_BRHV = hstu_attention(
-        q_BRHK, k_BSHK, v_BSHV, sight.others_BRS, alpha=alpha, divisor=divisor
-    )
-    score_BRH1 = (q_BRHK * k_BRHK).sum(-1, keepdim=True) * alpha
-    return others_BRHV + F.silu(score_BRH1) / divisor * v_BRHV
+    q_BRHK = q_BRHK * alpha if alpha != 1.0 else q_BRHK
+    k_BSHK, v_BSHV = k_BRHK, v_BRHV
+    if sight.apart:
+        k_BSHK, v_BSHV = k_BRHK[:, : sight.tokens], v_BRHV[:, : sight.tokens]
+    if past is not None:
+        k_BSHK, v_BSHV = torch.cat([past[0], k_BSHK], dim=1), torch.cat([past[1], v_BSHV], dim=1)
+    weight_BHRS = q_BRHK.transpose(1, 2) @ k_BSHK.permute(0, 2, 3, 1)
+    if bias_BRS is not None:
+        weight_BHRS = weight_BHRS + bias_BRS[:, None]
+    weight_BHRS = torch.where(sight.mask_BRS[:, None], F.silu(weight_BHRS), 0.0)
+    sum_BRHV = (weight_BHRS @ v_BSHV.transpose(1, 2)).transpose(1, 2)
+    if sight.apart:
+        sum_BRHV = sum_BRHV + F.silu((q_BRHK * k_BRHK).sum(-1, keepdim=True)) * v_BRHV
+    return sum_BRHV / divisor
 
 
-def by_layer(parts: Sequence[Tensor]) -> Tensor:
-    """K or V of each layer as (B, M, T, H, columns)."""
+def relative_bias(bias: RelativeBias, index: RelativeIndex) -> Tensor:
+    """What ``bias`` gives, with look-ups that compilers know as such."""
+    position_BTS1 = F.embedding(index.position_BTS, bias.position_weight[:, None])
+    return (position_BTS1 + F.embedding(index.time_BTS, bias.time_weight[:, None])).squeeze(-1)
+
+
+def run_hstu(
+    stack: HSTUStack,
+    x_BRD: Tensor,
+    sight: Sight,
+    past: Past | None,
+    index: RelativeIndex | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Y (B, R, D), and of the given tokens K (B, M, T, H, K) and V (B, M, T, H, V)."""
+    keys, values = [], []
+    for i, layer in enumerate(cast("Iterable[HSTULayer]", stack.layers)):
+        u_BRF, v_BRHV, q_BRHK, k_BRHK = layer.project(x_BRD)
+        bias_BRS = None
+        if layer.relative_bias is not None and index is not None:
+            bias_BRS = relative_bias(layer.relative_bias, index)
+        attended_BRHV = attention(
+            q_BRHK,
+            k_BRHK,
+            v_BRHV,
+            sight,
+            None if past is None else past.layer(i),
+            alpha=layer.config.scale,
+            divisor=layer.config.divisor,
+            bias_BRS=bias_BRS,
+        )
+        x_BRD = layer.output(layer.gate(u_BRF, attended_BRHV.flatten(-2))) + x_BRD
+        keys.append(k_BRHK)
+        values.append(v_BRHV)
+    return x_BRD, by_layer(keys, sight), by_layer(values, sight)
+
+
+def by_layer(parts: Sequence[Tensor], sight: Sight) -> Tensor:
+    """K or V (B, R, H, columns) of each layer as (B, M, T, H, columns)."""
+    if sight.apart:
+        parts = [part[:, : sight.tokens] for part in parts]
     return torch.stack(list(parts), dim=1)
-
-
-def feature_rows(
-    ids_BT: Tensor, place_BT: Tensor, offsets: Tensor, prefix: int
-) -> tuple[Tensor, Tensor]:
-    """For prefix tokens rows of one table of all features, for behaviours items; else 0, (B, T).
-
-    ``offsets`` int32 (prefix,): the first row of each prefix token's feature.
-    """
-    is_feature_BT = place_BT < prefix
-    first_BT = offsets[place_BT.clamp(max=prefix - 1)]
-    return torch.where(is_feature_BT, ids_BT + first_BT, 0), torch.where(is_feature_BT, 0, ids_BT)
 
 
 def tables_of(features: FeatureEmbeddings) -> list[Tensor]:
@@ -143,10 +196,29 @@ def tables_of(features: FeatureEmbeddings) -> list[Tensor]:
     return [cast("nn.Embedding", table).weight for table in features.tables]
 
 
-def offsets_of(tables: Sequence[Tensor]) -> Tensor:
-    """int32: where each table begins in all of them together."""
-    rows = torch.tensor([0, *(len(table) for table in tables)], dtype=torch.int32)
-    return rows.cumsum(0, dtype=torch.int32)[:-1]
+def first_rows(features: Sequence[FeatureEmbeddings]) -> Int32Array:
+    """Where the table of each feature begins in all of them together."""
+    rows = [len(table) for part in features for table in tables_of(part)]
+    return np.cumsum([0, *rows], dtype=np.int32)[:-1]
+
+
+def step_ids(
+    sequence: TokenSequence, start: int, width: int, first_rows_P: Int32Array
+) -> Int32Array:
+    """Ids (T, width) of the tokens from ``start`` on, to be read only.
+
+    Of prefix tokens, the first id is the row of one table of all features.
+    """
+    ids_TW = to_ids(sequence.content)[start:, :width]
+    if start < len(first_rows_P):
+        ids_TW = ids_TW.copy()
+        ids_TW[: len(first_rows_P) - start, 0] += first_rows_P[start:]
+    return ids_TW
+
+
+def first_ids(ids_BTW: Tensor, item_side: FeatureEmbeddings) -> Tensor:
+    """The first id of each token (B, T), int64 where it looks up an item's side features."""
+    return ids_BTW[..., 0].long() if len(item_side) else ids_BTW[..., 0]
 
 
 def jagged(name: str, dtype: str, axis: str, *columns: int) -> ArraySpec:
