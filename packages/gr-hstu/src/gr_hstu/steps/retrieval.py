@@ -44,7 +44,7 @@ class RetrievalSteps:
         inputs = [tokens.jagged(tokens.IDS, "int32", TOKEN, self._width)]
         # K and V of the first layer depend on no other token.
         if answers or self._kv[0] > 1:
-            inputs += self._seen()
+            inputs += [*tokens.interval_specs(), *self._times()]
         outputs = tokens.kv_specs(*self._kv)
         if answers:
             inputs.append(ArraySpec(LENGTHS, "int32"))
@@ -55,8 +55,9 @@ class RetrievalSteps:
         inputs = [
             *tokens.past_specs(*self._kv),
             tokens.jagged(tokens.IDS, "int32", TOKEN, self._width),
-            *self._seen(),
+            *tokens.interval_specs(),
             ArraySpec(LENGTHS, "int32"),
+            *self._times(),
         ]
         if self._timed:
             inputs.append(tokens.jagged(PAST_TIMES, "int64", PAST))
@@ -67,11 +68,9 @@ class RetrievalSteps:
         outputs = (answer, *tokens.kv_specs(*self._kv))
         return Step(_Decode(self._module).eval(), tuple(inputs), outputs)
 
-    def _seen(self) -> tuple[ArraySpec, ...]:
-        if not self._timed:
-            return tokens.interval_specs()
-        times = (tokens.jagged(name, "int64", TOKEN) for name in (TIMES, NEXT_TIMES))
-        return (*tokens.interval_specs(), *times)
+    def _times(self) -> tuple[ArraySpec, ...]:
+        names = (TIMES, NEXT_TIMES) if self._timed else ()
+        return tuple(tokens.jagged(name, "int64", TOKEN) for name in names)
 
     def _user(self) -> ArraySpec:
         return ArraySpec(USER, "float32", (self._module.config.d_model,))
