@@ -258,6 +258,29 @@ def write_bundle(
     return Bundle.open(out_dir)
 
 
+def with_files(bundle: Bundle, files: Mapping[str, bytes]) -> Bundle:
+    """Adds files beside the weights, or replaces them, at once or not at all.
+
+    Everything else stays as it is, its digests too. Raises `BundleError` for a bundle whose files
+    are not those that it lists, and for ``config.json`` itself.
+    """
+    for name in files:
+        check_name("file", name)
+        if name == CONFIG:
+            raise BundleError(f"{CONFIG}: is written from the other files; change those")
+    bundle.check_files()
+    data = json.loads((bundle.path / CONFIG).read_text(encoding="utf-8"))
+    with atomic_folder(bundle.path) as partial:
+        shutil.copytree(bundle.path, partial, dirs_exist_ok=True)
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
+            listed = {"bytes": len(content), "sha256": _digest(partial / name)}
+            data["files"] = dict(sorted({**data.get("files", {}), name: listed}.items()))
+        text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+        (partial / CONFIG).write_text(text, encoding="utf-8")
+    return Bundle.open(bundle.path)
+
+
 @contextmanager
 def atomic_folder(out_dir: Path) -> Iterator[Path]:
     """A new folder beside ``out_dir`` that takes its place when the block ends without an error."""
