@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from gr_core.json_requests import read_requests
+from gr_core.labelled import cases, labelled_requests, quality
 from gr_core.repository import Bundle, ModelRepository
 from gr_core.types import Candidates, RecommendRequest, Task
 from gr_hstu.model import HSTUModel, load_hstu, load_mtgr
+from gr_hstu.testing import engine_of
 
 NAMES = {"kuairand-retrieval": load_hstu, "kuairand-ranking": load_mtgr}
 
@@ -28,7 +30,8 @@ def samples(bundle: Bundle) -> list[RecommendRequest]:
 def test_complete_and_attributed(name: str) -> None:
     bundle = ModelRepository("package:gr_hstu/bundles").bundle(name)
     bundle.check_files()
-    assert {"ATTRIBUTION.txt", "LICENSE", "MODEL_CARD.md", "samples.json"} <= set(bundle.files)
+    brought = {"ATTRIBUTION.txt", "LICENSE", "MODEL_CARD.md", "evaluation.jsonl", "samples.json"}
+    assert brought <= set(bundle.files)
     assert "CIKM 2022" in (bundle.path / "ATTRIBUTION.txt").read_text(encoding="utf-8")
     assert "ShareAlike 4.0" in (bundle.path / "LICENSE").read_text(encoding="utf-8")
     card = (bundle.path / "MODEL_CARD.md").read_text(encoding="utf-8")
@@ -79,3 +82,21 @@ def test_the_retrieval_models_state_is_reusable_and_reads_no_times() -> None:
         batch = {name: torch.from_numpy(np.array(array)[None]) for name, array in arrays.items()}
         answers.append(module(**batch).numpy())
     np.testing.assert_array_equal(*answers)
+
+
+def test_the_evaluation_sets_show_the_cards_quality() -> None:
+    """The intervals of so few users reach further than the tolerances here."""
+    expected = {
+        "kuairand-retrieval": {"ndcg@10": 0.0553, "hr@10": 0.1068},
+        "kuairand-ranking": {"auc:recommendation": 0.7484, "auc:engagement": 0.7480},
+    }
+    for name, right in expected.items():
+        model = opened(name)
+        task = model.tasks[0]
+        found = cases(model, task, labelled_requests(model))
+        engine = engine_of(model)
+        results = [r for case in found for r in engine.infer([case.request])]
+        engine.close()
+        measured = quality(task, found, results, model.heads)
+        for metric, value in right.items():
+            assert measured[metric] == pytest.approx(value, abs=0.02), (name, metric)

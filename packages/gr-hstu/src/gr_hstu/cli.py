@@ -1,4 +1,7 @@
-"""The command ``gr hstu``: train, evaluate, import, params. Heavy imports wait for a command."""
+"""The command ``gr hstu``: train, evaluate, evaluation-set, import, params.
+
+Heavy imports wait for a command.
+"""
 
 from __future__ import annotations
 
@@ -212,6 +215,80 @@ def evaluate(
         return
     for table in tables:
         _print(table)
+
+
+@hstu.command("evaluation-set")
+@click.option(
+    "--model",
+    "bundle",
+    required=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="NAME/VERSION",
+    help="The bundle whose model is to be evaluated.",
+)
+@click.option(
+    "--data",
+    required=True,
+    metavar="NAME|PATH",
+    help="The data that it was trained on: ml-100k, kuairand-pure, or a folder.",
+)
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path),
+    help="Where a dataset known by name lies; default ./data, then ../shared/data.",
+)
+@click.option(
+    "--head",
+    "heads",
+    multiple=True,
+    metavar="NAME=SIGNAL",
+    callback=_pairs("NAME=SIGNAL"),
+    help="Ranking head and the binary signal that it predicts; repeatable.",
+)
+@click.option(
+    "--users", type=click.IntRange(min=1), default=300, show_default=True, help="At most so many."
+)
+@click.option(
+    "--min-candidates",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Leave out users who were shown fewer items (ranking).",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File to write; without it the set becomes part of the bundle.",
+)
+@_explained
+def evaluation_set(
+    bundle: Path, data: str, data_dir: Path | None, out: Path | None, **options: Any
+) -> None:
+    """Writes held-out cases as labelled requests, to judge an engine's quality by.
+
+    Without --out the bundle gets them as evaluation.jsonl, and its model card says what they are;
+    mind the data's licence.
+    """
+    from gr_core.repository import Bundle
+    from gr_core.types import Task
+    from gr_hstu.training import evaluation_sets
+
+    opened = Bundle.open(bundle)
+    interactions = _load(data, data_dir, None)
+    text, words = evaluation_sets.evaluation_set(opened, interactions, **options)
+    if out is not None:
+        out.write_text(text, encoding="utf-8")
+    else:
+        written = ["gr", "hstu", "evaluation-set", "--data", Path(data).name]
+        for name, value in options["heads"].items():
+            written += ["--head", f"{name}={value}"]
+        written += ["--users", str(options["users"]), "--seed", str(options["seed"])]
+        if Task.RETRIEVE not in opened.tasks:
+            written += ["--min-candidates", str(options["min_candidates"])]
+        written += ["--model", f"{opened.name}/{opened.version}"]
+        evaluation_sets.add_to_bundle(opened, text, words, shlex.join(written))
+    click.echo(f"{out or bundle}: {words}")
 
 
 @hstu.command("import")
