@@ -33,6 +33,8 @@ class Built:
     """GPU memory that every execution context sets aside."""
     weight_bytes: int
     network: Mapping[str, Any]
+    layers: tuple[str, ...]
+    """Kind and name of what is launched, for all profiles, where the library tells."""
 
 
 def build(
@@ -68,6 +70,7 @@ def build(
         facts.get("activation_bytes", 0),
         facts.get("weight_bytes", 0),
         network.summary(),
+        network.log.layers,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -135,6 +136,7 @@ def _make(
             weight_bytes=built.weight_bytes,
             seconds=round(built.seconds, 3),
             network=built.network,
+            layers=built.layers,
         )
     return plan, replace(facts, bytes=len(plan), sha256=plan_file.digest(plan))
 
@@ -189,4 +191,5 @@ def _note(facts: PlanFacts) -> dict[str, Any]:
         "weight_bytes": facts.weight_bytes,
         "profiles": [profile.as_dict() for profile in facts.profiles],
         "network": dict(facts.network),
+        "layers": dict(Counter(layer.split()[0] for layer in facts.layers)),
     }

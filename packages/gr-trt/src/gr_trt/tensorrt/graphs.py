@@ -26,6 +26,7 @@ _OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
     ast.Mult: operator.mul,
     ast.FloorDiv: operator.floordiv,
 }
+_FUNCTIONS: Mapping[str, Callable[..., int]] = {"Min": min, "Max": max}
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ def _item_bytes(kind: int) -> int:
 
 
 def _size(dim: Any, sizes: Mapping[str, int]) -> int | None:
-    """Of a fixed or named dimension, or of an expression such as ``candidate + history``."""
+    """Of a fixed or named dimension, or an expression such as ``Max(0, candidate + history)``."""
     if dim.HasField("dim_value"):
         return int(dim.dim_value)
     try:
@@ -160,7 +161,9 @@ def _evaluate(node: ast.expr, sizes: Mapping[str, int]) -> int:
         return node.value
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
         return _OPERATORS[type(node.op)](_evaluate(node.left, sizes), _evaluate(node.right, sizes))
-    raise TypeError("not a sum or product of sizes")
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return _FUNCTIONS[node.func.id](*(_evaluate(part, sizes) for part in node.args))
+    raise TypeError("not an expression of sizes")
 
 
 def dtypes(graph: OnnxGraph) -> Iterator[str]:

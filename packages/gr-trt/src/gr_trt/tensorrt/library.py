@@ -119,8 +119,8 @@ def check_targets(library: Library, targets: Sequence[str]) -> None:
             )
 
 
-def current_target() -> tuple[str, str]:
-    """Compute capability of this machine's GPU and its name: ``("sm89", "NVIDIA L4")``.
+def current_target(device: str = "cuda") -> tuple[str, str]:
+    """Compute capability of one of this machine's GPUs and its name: ``("sm89", "NVIDIA L4")``.
 
     Raises `PlanError` without a GPU.
     """
@@ -128,8 +128,9 @@ def current_target() -> tuple[str, str]:
 
     if not torch.cuda.is_available():
         raise PlanError(
-            "target: this machine has no CUDA device that torch can use; name the GPU to build "
-            "for, e.g. --option target=sm89, which takes TensorRT for RTX (gr-trt[rtx])"
+            "this machine has no CUDA device that torch can use: plans do not run here; to build "
+            "them for another machine name its GPU, e.g. --option target=sm89, which takes "
+            "TensorRT for RTX (gr-trt[rtx])"
         )
-    major, minor = torch.cuda.get_device_capability()
-    return f"sm{major}{minor}", torch.cuda.get_device_name()
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}", torch.cuda.get_device_name(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from typing import Any
@@ -12,6 +13,7 @@ from gr_trt.tensorrt.library import Library
 logger = logging.getLogger(__name__)
 
 _KEPT = 20
+_LAYER = re.compile(r"^Name: (.*?), LayerType: (\w+),", re.MULTILINE)
 _QUIET = (
     # It looks for a GPU after every mistake, to say which one it was made on.
     "catchCudaError",
@@ -23,6 +25,9 @@ _QUIET = (
 def make_log(library: Library) -> Any:
     """A logger for TensorRT (`ILogger`); ``errors`` are its last ones, ``facts`` what it counted.
 
+    ``layers`` are those of the plan, kind and name, after everything was fused: what the engine
+    inspector would say, which takes a GPU.
+
     Its messages of information are this log's of debugging: there are hundreds.
     """
     trt = library.module
@@ -32,6 +37,7 @@ def make_log(library: Library) -> Any:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
             self.facts: dict[str, int] = {}
+            self.layers: tuple[str, ...] = ()
 
         def log(self, severity: Any, message: str) -> None:
             if any(words in message for words in _QUIET):
@@ -47,6 +53,9 @@ def make_log(library: Library) -> Any:
                 self._count(message)
 
         def _count(self, message: str) -> None:
+            if message.startswith("Engine Layer Information:"):
+                found = _LAYER.findall(message)
+                self.layers = tuple(f"{kind} {name}" for name, kind in found)
             for fact, words in (
                 ("activation_bytes", "Total Activation Memory: "),
                 ("weight_bytes", "Total Weights Memory: "),

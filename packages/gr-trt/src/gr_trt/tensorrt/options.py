@@ -82,10 +82,11 @@ class TensorRTOptions:
 
     library: str = AUTO
     """``tensorrt`` or ``tensorrt_rtx``; ``auto`` is the one that built the plan."""
-    contexts: int = 2
-    """Execution contexts of each profile: parts of a batch that are computed at once."""
-    cuda_graphs: int = 32
-    """Shapes whose launches are recorded and replayed, for each context; 0 records none."""
+    contexts: int = 4
+    """Execution contexts of each profile: parts of a batch that are computed at once, and shapes
+    whose launches are kept as CUDA graphs."""
+    cuda_graphs: bool = True
+    """Whether the launches of a shape that repeats are recorded and replayed."""
     weight_budget_mib: int = 0
     """GPU memory for the weights of a plan built with ``weight_streaming``; 0 leaves the choice
     to TensorRT."""
@@ -95,7 +96,7 @@ class TensorRTOptions:
     def __post_init__(self) -> None:
         _choice("library", self.library, (AUTO, *LIBRARIES))
         _at_least("contexts", self.contexts, 1)
-        _at_least("cuda_graphs", self.cuda_graphs, 0)
+        _boolean("cuda_graphs", self.cuda_graphs)
         _at_least("weight_budget_mib", self.weight_budget_mib, 0)
         if not isinstance(self.report, str):
             raise ValueError(f"report is {self.report!r}; expected a folder")

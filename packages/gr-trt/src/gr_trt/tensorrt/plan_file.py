@@ -84,6 +84,9 @@ class PlanFacts:
     weight_bytes: int = 0
     seconds: float = 0.0
     network: Mapping[str, Any] = field(default_factory=dict)
+    """Layers before anything is fused, see `gr_trt.tensorrt.network.Network.summary`."""
+    layers: tuple[str, ...] = ()
+    """Those of the plan, see `gr_trt.tensorrt.messages.make_log`."""
 
     def as_dict(self) -> dict[str, Any]:
         profiles = [profile.as_dict() for profile in self.profiles]
@@ -95,6 +98,7 @@ class PlanFacts:
             "targets": list(self.targets),
             "profiles": profiles,
             "network": dict(self.network),
+            "layers": list(self.layers),
         }
 
     def on_this_gpu(self, capability: str) -> bool:
@@ -131,6 +135,7 @@ def read_facts(path: Path) -> PlanFacts:
             raise ValueError("made by another release of gr-trt")
         data["targets"] = tuple(map(str, data["targets"]))
         data["profiles"] = tuple(map(Profile.of, data["profiles"]))
+        data["layers"] = tuple(map(str, data["layers"]))
         return PlanFacts(**data)
     except OSError as error:
         raise BundleError(f"{file}: {error.strerror}; {_AGAIN}") from None

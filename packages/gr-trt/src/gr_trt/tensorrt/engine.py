@@ -1,0 +1,247 @@
+"""The engine ``tensorrt``: a folder of plans on a GPU.
+
+Shapes: B requests, D width of a user's representation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gr_core.contracts import (
+    Artifact,
+    BlockCache,
+    CacheKind,
+    EncodedRequest,
+    EngineOptions,
+    Health,
+    InferenceResult,
+    Model,
+    TorchModel,
+)
+from gr_core.errors import BundleError, PlanError, Unavailable
+from gr_core.samples import for_task, sample_requests
+from gr_core.steps import PAST_KEYS, SteppedModel
+from gr_core.types import Task
+from gr_trt.ensemble import Ensemble, Graph, Role
+from gr_trt.onnx_runtime.pages import BLOCK_TOKENS, Pages
+from gr_trt.onnx_runtime.passes import Pass, Stepped
+from gr_trt.onnx_runtime.session import NUMPY_DTYPES
+from gr_trt.options import own_options
+from gr_trt.tensorrt import plan_file
+from gr_trt.tensorrt.library import Library, current_target, load
+from gr_trt.tensorrt.options import AUTO, TensorRTOptions
+from gr_trt.tensorrt.passes import PlanSession, ProfileLimits, SinglePass
+from gr_trt.tensorrt.plan_file import PlanFacts
+from gr_trt.tensorrt.runner import OpenPlan, PlanRunner, Runner
+from gr_trt.tensorrt.top_k import TopK
+
+logger = logging.getLogger(__name__)
+
+OpenGraph = Callable[[Path, Graph, EngineOptions, TensorRTOptions], Runner]
+"""Makes a graph of a folder ready to run."""
+
+_REPEATED = 3
+"""Runs of a shape until its CUDA graph is recorded and replayed."""
+
+
+def open_plan(folder: Path, graph: Graph, options: EngineOptions, own: TensorRTOptions) -> Runner:
+    """Checks a plan and loads it to the GPU.
+
+    Raises `BundleError` for a plan that is damaged, or of another version or GPU, `PlanError`
+    where there is no GPU or no library for it.
+    """
+    path = folder / graph.file
+    content, facts = plan_file.read(path)
+    library = _library(path, facts, own)
+    capability, _ = current_target(options.device)
+    plan_file.check(path, facts, library.name, library.version, capability)
+    given = OpenPlan(library, path, content, facts, graph, options.device, capability, own)
+    return PlanRunner(given)
+
+
+def _library(path: Path, facts: PlanFacts, own: TensorRTOptions) -> Library:
+    try:
+        return load(facts.library if own.library == AUTO else own.library)
+    except PlanError as error:
+        raise BundleError(
+            f"{path}: was built by {facts.library} {facts.version}; {error}"
+        ) from None
+
+
+class TensorRTEngine:
+    """Implements `gr_core.contracts.Engine`; its options are those of `TensorRTOptions`.
+
+    ``open_graph`` is what runs the graphs: another runtime that takes batches in profiles can
+    stand in for TensorRT.
+    """
+
+    def __init__(self, open_graph: OpenGraph = open_plan) -> None:
+        self._open = open_graph
+        self._model: Model | None = None
+        self._passes: dict[Task, Pass] = {}
+        self._top_k: TopK | None = None
+
+    def load(
+        self, artifact: Artifact, model: Model, tasks: Sequence[Task], options: EngineOptions
+    ) -> None:
+        own = own_options(TensorRTOptions, options.extra, "engine tensorrt")
+        ensemble = Ensemble.read(artifact.path)
+        _check(artifact, ensemble, model, options)
+        try:
+            for task in tasks:
+                self._passes[task] = self._load_pass(artifact, ensemble, model, task, options, own)
+            if Task.RETRIEVE in tasks:
+                self._top_k = _top_k(model, options.device)
+        except BaseException:
+            self.close()
+            raise
+        self._model = model
+
+    def warm_up(self) -> None:
+        """Runs each task alone and in a batch, until the launches are recorded."""
+        model = self._model
+        assert model is not None
+        samples = sample_requests(model, 8)
+        for task in self._passes:
+            requests = [model.encode(for_task(request, task), task).request for request in samples]
+            for batch in ([requests[0]], [requests[1]], [requests[-1]], requests):
+                for _ in range(_REPEATED):
+                    self.infer(batch)
+
+    def infer(self, batch: Sequence[EncodedRequest]) -> Sequence[InferenceResult]:
+        if self._model is None:
+            raise Unavailable("engine tensorrt is closed")
+        task = batch[0].task
+        answers = self._passes[task].answers(batch)
+        if task is not Task.RETRIEVE:
+            return [InferenceResult(a.output, tokens_reused=a.reused) for a in answers]
+        assert self._top_k is not None
+        users_BD = np.stack([answer.output for answer in answers])
+        scores_BK, indices_BK = self._top_k.search(users_BD, max(r.k for r in batch))
+        return [
+            InferenceResult(
+                scores_BK[row, : request.k], indices_BK[row, : request.k], answer.reused
+            )
+            for row, (request, answer) in enumerate(zip(batch, answers, strict=True))
+        ]
+
+    def health(self) -> Health:
+        if self._model is None:
+            return Health(False, "engine tensorrt is not loaded")
+        return Health(True)
+
+    def close(self) -> None:
+        self._model = None
+        for one in self._passes.values():
+            one.close()
+        self._passes = {}
+        self._top_k = None
+
+    def _load_pass(
+        self,
+        artifact: Artifact,
+        ensemble: Ensemble,
+        model: Model,
+        task: Task,
+        options: EngineOptions,
+        own: TensorRTOptions,
+    ) -> Pass:
+        """In steps where there is a cache for K and V, since these pass through host memory."""
+        cache = options.caches.get(CacheKind.USER_KV)
+        decode = ensemble.graph(Role.DECODE, task)
+        name = f"{model.bundle.name}/{model.bundle.version}"
+        if (
+            decode is not None
+            and isinstance(model, SteppedModel)
+            and isinstance(cache, BlockCache)
+            and model.prefix_stability.reusable != "none"
+        ):
+            logger.info("%s: engine tensorrt, %s in steps on cached K and V", name, task.value)
+            runner = self._open(artifact.path, decode, options, own)
+            return _Steps(_stepped(model, ensemble, decode, task, cache, runner), runner)
+        graph = ensemble.graph(Role.SINGLE_PASS, task)
+        if graph is None:
+            raise BundleError(
+                f"{artifact.path}: has no plan single_pass for {task.value}, only "
+                f"{', '.join(g.name for g in ensemble.graphs)}; export the model again"
+            )
+        logger.info("%s: engine tensorrt, %s in a single pass", name, task.value)
+        return SinglePass(self._open(artifact.path, graph, options, own), graph)
+
+
+class _Steps:
+    """`Stepped`, and the plan that it runs."""
+
+    def __init__(self, stepped: Stepped, runner: Runner) -> None:
+        self.answers = stepped.answers
+        self._stepped = stepped
+        self._runner = runner
+
+    def close(self) -> None:
+        self._stepped.close()
+        self._runner.close()
+
+
+def _top_k(model: Model, device: str) -> TopK:
+    if not isinstance(model, TorchModel):
+        raise PlanError(f"engine tensorrt: {type(model).__name__} offers no table of items")
+    return TopK(model.item_table(), device)
+
+
+def _stepped(
+    model: SteppedModel,
+    ensemble: Ensemble,
+    graph: Graph,
+    task: Task,
+    cache: BlockCache,
+    runner: Runner,
+) -> Stepped:
+    past_keys = next(tensor for tensor in graph.inputs if tensor.name == PAST_KEYS)
+    # numpy has no bfloat16; every one of its numbers is a float32.
+    pages = Pages.of(graph, NUMPY_DTYPES.get(past_keys.dtype, np.float32))
+    _, heads, columns = pages.keys
+    stack = model.stack(task)
+    width = heads * (columns + pages.values[2])
+    space = cache.space(
+        _namespace(model, ensemble),
+        block_tokens=BLOCK_TOKENS,
+        block_bytes=pages.block_bytes,
+        # Multiplications of one layer: projections, and scores with their values.
+        token_cost=2.0 * width * stack.d_model + stack.layers[0].output_weight.numel(),
+        pair_cost=float(width),
+    )
+    session: Any = PlanSession(runner, graph)
+    limits: Any = ProfileLimits(runner.profiles, heads * columns)
+    return Stepped(model, session, graph, pages, space, limits)
+
+
+def _namespace(model: Model, ensemble: Ensemble) -> bytes:
+    """What all K and V of a loaded model depend on besides the tokens."""
+    digest = hashlib.blake2b(model.bundle.identity, digest_size=32)
+    built = ensemble.notes.get("tensorrt", {})
+    digest.update(f"|tensorrt|{built.get('version')}|{ensemble.dtype}|{BLOCK_TOKENS}|".encode())
+    if ensemble.dtype == "int8" or model.bundle.source is not None:
+        # Calibration, or weights from elsewhere, may change without a trace in the bundle.
+        digest.update(os.urandom(32))
+    return digest.digest()
+
+
+def _check(artifact: Artifact, ensemble: Ensemble, model: Model, options: EngineOptions) -> None:
+    """The plans must have been made of this very bundle, in the precision that is asked for."""
+    if ensemble.identity != model.bundle.identity.hex():
+        raise BundleError(
+            f"{artifact.path}: made of {ensemble.model}/{ensemble.version} with other files than "
+            f"{model.bundle.name}/{model.bundle.version} has now; export the model again"
+        )
+    if ensemble.dtype != options.dtype:
+        raise BundleError(
+            f"{artifact.path}: made in {ensemble.dtype}, asked for {options.dtype}; "
+            f"export the model again with --precision {options.dtype}"
+        )
