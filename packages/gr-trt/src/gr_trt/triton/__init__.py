@@ -1,0 +1,3 @@
+"""Repositories for Triton Inference Server."""
+
+from __future__ import annotations
