@@ -156,7 +156,6 @@ def _run(
             sight,
             None if past is None else past.layer(i),
             alpha=1.0,
-            divisor=layer.config.max_seq_len,
         )
         gated_BRF = layer.gate(u_BRF, attended_BRHV.flatten(-2), group_BR)
         x_BRD = layer.output(gated_BRF) + x_BRD
@@ -170,12 +169,13 @@ class _Prefill(nn.Module):
         super().__init__()
         self.history = _History(model)
         self.stack = model.stack
+        self.divisor = model.config.max_seq_len
 
     def forward(
         self, ids: Tensor, groups: Tensor, low: Tensor | None = None, high: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         place_1T = tokens.token_places(ids, None)
-        sight = tokens.history_sight(place_1T, low, high, None)
+        sight = tokens.history_sight(place_1T, low, high, None, self.divisor)
         _, keys, values = _run(self.stack, self.history(ids, place_1T), groups, sight, None)
         return keys, values
 
@@ -205,7 +205,9 @@ class _Decode(nn.Module):
         model = self.model
         past = Past(past_keys, past_values, past_lengths)
         place_BT = tokens.token_places(ids, past)
-        sight = tokens.candidate_sight(place_BT, low, high, candidate_low, candidate_high, past)
+        sight = tokens.candidate_sight(
+            place_BT, low, high, candidate_low, candidate_high, past, model.config.max_seq_len
+        )
         x_BCD = self._candidates(
             candidate_items, candidate_features, context_features, candidate_bucket
         )

@@ -135,12 +135,13 @@ class _Prefill(nn.Module):
         super().__init__()
         self.history = _History(model)
         self.stack = model.stack
+        self.divisor = model.config.divisor
 
     def forward(
         self, ids: Tensor, low: Tensor | None = None, high: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         place_1T = tokens.token_places(ids, None)
-        sight = tokens.history_sight(place_1T, low, high, None)
+        sight = tokens.history_sight(place_1T, low, high, None, self.divisor)
         _, keys, values = tokens.run_hstu(self.stack, self.history(ids, place_1T), sight, None)
         return keys, values
 
@@ -170,7 +171,9 @@ class _Decode(nn.Module):
         model = self.model
         past = Past(past_keys, past_values, past_lengths)
         place_BT = tokens.token_places(ids, past)
-        sight = tokens.candidate_sight(place_BT, low, high, candidate_low, candidate_high, past)
+        sight = tokens.candidate_sight(
+            place_BT, low, high, candidate_low, candidate_high, past, model.config.divisor
+        )
         item_BCD = model.candidates(model.item_content(candidate_items), candidate_features)
         x_BCD = self._targets(item_BCD, context_features, candidate_bucket)
         x_BRD = torch.cat([self.history(ids, place_BT), x_BCD], dim=1)

@@ -1,16 +1,18 @@
 """`HSTURetrieval` in steps.
 
-Shapes: B batch, W ids of a token, T tokens given, P tokens cached, C candidates, D model width.
+Shapes: B batch, W ids of a token, T tokens given, P tokens cached, S = P + T keys, C candidates,
+D model width, M layers, I rows of a table of biases.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gr_core.contracts import ArraySpec, EncodedRequest
@@ -18,7 +20,8 @@ from gr_core.stack import TokenSequence
 from gr_core.steps import CANDIDATE, PAST, PAST_LENGTHS, SCORES, TOKEN, USER, Step
 from gr_core.types import Task
 from gr_hstu.models import HSTURetrieval
-from gr_hstu.modules.bias import relative_index
+from gr_hstu.modules.bias import RelativeBias, RelativeIndex, relative_index
+from gr_hstu.modules.hstu import HSTULayer
 from gr_hstu.steps import tokens
 from gr_hstu.steps.tokens import Past
 
@@ -99,9 +102,19 @@ class RetrievalSteps:
 class _Encoder(nn.Module):
     """From ids to the stack's output, K and V."""
 
+    position_bias_IM: Tensor
+    time_bias_IM: Tensor
+
     def __init__(self, model: HSTURetrieval) -> None:
         super().__init__()
         self.model = model
+        if model.config.relative_bias:
+            layers = cast("Iterable[HSTULayer]", model.stack.layers)
+            biases = [cast("RelativeBias", layer.relative_bias) for layer in layers]
+            positions: list[Tensor] = [bias.position_weight for bias in biases]
+            times: list[Tensor] = [bias.time_weight for bias in biases]
+            self.register_buffer("position_bias_IM", torch.stack(positions, dim=1))
+            self.register_buffer("time_bias_IM", torch.stack(times, dim=1))
 
     def forward(
         self,
@@ -116,10 +129,10 @@ class _Encoder(nn.Module):
         """Y (B, T, D), K (B, M, T, H, K), V (B, M, T, H, V)."""
         model, config = self.model, self.model.config
         place_BT = tokens.token_places(ids_BTW, past)
-        sight = tokens.history_sight(place_BT, low_BT, high_BT, past)
+        sight = tokens.history_sight(place_BT, low_BT, high_BT, past, config.divisor)
         # Padded tokens may stand beyond the last position.
         position_BT = place_BT.clamp(max=config.max_seq_len - 1)
-        index = None
+        bias_MBTS = None
         if times_BT is not None and next_times_BT is not None:
             key_times_BS = times_BT
             if past_times_BP is not None:
@@ -132,8 +145,15 @@ class _Encoder(nn.Module):
                 num_positions=config.max_seq_len,
                 num_buckets=config.time_bias_buckets,
             )
+            bias_MBTS = self.biases(index)
         x_BTD = model.placed(ids_BTW[..., 0], ids_BTW[..., 1:], position_BT)
-        return tokens.run_hstu(model.stack, x_BTD, sight, past, index)
+        return tokens.run_hstu(model.stack, x_BTD, sight, past, bias_MBTS)
+
+    def biases(self, index: RelativeIndex) -> Tensor:
+        """`RelativeBias` of all layers (M, B, T, S), each pair being looked up once for all."""
+        bias_BTSM = F.embedding(index.position_BTS, self.position_bias_IM)
+        bias_BTSM = bias_BTSM + F.embedding(index.time_BTS, self.time_bias_IM)
+        return bias_BTSM.permute(3, 0, 1, 2)
 
     def user(self, x_BTD: Tensor, lengths_B: Tensor) -> Tensor:
         """The users (B, D) after the last tokens, zeros without any."""

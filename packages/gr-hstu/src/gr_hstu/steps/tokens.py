@@ -32,7 +32,6 @@ from gr_core.steps import (
 )
 from gr_hstu.jagged.intervals import Int32Array
 from gr_hstu.jagged.rows import to_ids
-from gr_hstu.modules.bias import RelativeBias, RelativeIndex
 from gr_hstu.modules.embeddings import FeatureEmbeddings
 from gr_hstu.modules.hstu import HSTULayer, HSTUStack
 
@@ -85,8 +84,9 @@ def itself(place_BT: Tensor, key_BS: Tensor) -> Tensor:
 class Sight(NamedTuple):
     """Whom the rows of a step see."""
 
-    mask_BRS: Tensor
-    """bool; the rows among the keys."""
+    weight_BRS: Tensor
+    """float32, of keys that are seen 1 / divisor of the attention, of others 0."""
+    divisor: float
     tokens: int
     """T, how many of the rows are keys."""
     apart: bool
@@ -94,25 +94,35 @@ class Sight(NamedTuple):
 
 
 def history_sight(
-    place_BT: Tensor, low_BT: Tensor | None, high_BT: Tensor | None, past: Past | None
+    place_BT: Tensor,
+    low_BT: Tensor | None,
+    high_BT: Tensor | None,
+    past: Past | None,
+    divisor: float,
 ) -> Sight:
     """Of given tokens alone; without intervals only of themselves."""
     key_BS = key_places(place_BT, past)
     mask_BTS = itself(place_BT, key_BS)
     if low_BT is not None and high_BT is not None:
         mask_BTS = mask_BTS | inside(low_BT, high_BT, key_BS)
-    return Sight(mask_BTS, place_BT.shape[1], apart=False)
+    return Sight(mask_BTS.float() / divisor, divisor, place_BT.shape[1], apart=False)
 
 
 def candidate_sight(
-    place_BT: Tensor, low_BT: Tensor, high_BT: Tensor, low_BC: Tensor, high_BC: Tensor, past: Past
+    place_BT: Tensor,
+    low_BT: Tensor,
+    high_BT: Tensor,
+    low_BC: Tensor,
+    high_BC: Tensor,
+    past: Past,
+    divisor: float,
 ) -> Sight:
     """Of given tokens, then candidates."""
     key_BS = key_places(place_BT, past)
     place_BR = torch.cat([place_BT, torch.full_like(low_BC, NOWHERE)], dim=1)
     low_BR, high_BR = torch.cat([low_BT, low_BC], dim=1), torch.cat([high_BT, high_BC], dim=1)
     others_BRS = inside(low_BR, high_BR, key_BS) & ~itself(place_BR, key_BS)
-    return Sight(others_BRS, place_BT.shape[1], apart=True)
+    return Sight(others_BRS.float() / divisor, divisor, place_BT.shape[1], apart=True)
 
 
 def attention(
@@ -123,12 +133,12 @@ def attention(
     past: tuple[Tensor, Tensor] | None,
     *,
     alpha: float,
-    divisor: float,
     bias_BRS: Tensor | None = None,
 ) -> Tensor:
     """(B, R, H, V): `modules.attention.hstu_attention` in the form that compilers do best.
 
-    That is products of matrices, and scales on the small operands. As the attention is a sum over
+    That is products of matrices, and as few passes over all pairs as can be: mask and divisor are
+    one factor, which asks for finite scores of padded keys too. As the attention is a sum over
     keys, a candidate's own key can be added apart: else each candidate were a key of all others,
     only to be masked.
     """
@@ -138,20 +148,15 @@ def attention(
         k_BSHK, v_BSHV = k_BRHK[:, : sight.tokens], v_BRHV[:, : sight.tokens]
     if past is not None:
         k_BSHK, v_BSHV = torch.cat([past[0], k_BSHK], dim=1), torch.cat([past[1], v_BSHV], dim=1)
-    weight_BHRS = q_BRHK.transpose(1, 2) @ k_BSHK.permute(0, 2, 3, 1)
+    score_BHRS = q_BRHK.transpose(1, 2) @ k_BSHK.permute(0, 2, 3, 1)
     if bias_BRS is not None:
-        weight_BHRS = weight_BHRS + bias_BRS[:, None]
-    weight_BHRS = torch.where(sight.mask_BRS[:, None], F.silu(weight_BHRS), 0.0)
+        score_BHRS = score_BHRS + bias_BRS[:, None]
+    weight_BHRS = F.silu(score_BHRS) * sight.weight_BRS[:, None]
     sum_BRHV = (weight_BHRS @ v_BSHV.transpose(1, 2)).transpose(1, 2)
     if sight.apart:
-        sum_BRHV = sum_BRHV + F.silu((q_BRHK * k_BRHK).sum(-1, keepdim=True)) * v_BRHV
-    return sum_BRHV / divisor
-
-
-def relative_bias(bias: RelativeBias, index: RelativeIndex) -> Tensor:
-    """What ``bias`` gives, with look-ups that compilers know as such."""
-    position_BTS1 = F.embedding(index.position_BTS, bias.position_weight[:, None])
-    return (position_BTS1 + F.embedding(index.time_BTS, bias.time_weight[:, None])).squeeze(-1)
+        own_BRH1 = F.silu((q_BRHK * k_BRHK).sum(-1, keepdim=True)) / sight.divisor
+        sum_BRHV = sum_BRHV + own_BRH1 * v_BRHV
+    return sum_BRHV
 
 
 def run_hstu(
@@ -159,15 +164,12 @@ def run_hstu(
     x_BRD: Tensor,
     sight: Sight,
     past: Past | None,
-    index: RelativeIndex | None = None,
+    bias_MBRS: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Y (B, R, D), and of the given tokens K (B, M, T, H, K) and V (B, M, T, H, V)."""
     keys, values = [], []
     for i, layer in enumerate(cast("Iterable[HSTULayer]", stack.layers)):
         u_BRF, v_BRHV, q_BRHK, k_BRHK = layer.project(x_BRD)
-        bias_BRS = None
-        if layer.relative_bias is not None and index is not None:
-            bias_BRS = relative_bias(layer.relative_bias, index)
         attended_BRHV = attention(
             q_BRHK,
             k_BRHK,
@@ -175,8 +177,7 @@ def run_hstu(
             sight,
             None if past is None else past.layer(i),
             alpha=layer.config.scale,
-            divisor=layer.config.divisor,
-            bias_BRS=bias_BRS,
+            bias_BRS=None if bias_MBRS is None else bias_MBRS[i],
         )
         x_BRD = layer.output(layer.gate(u_BRF, attended_BRHV.flatten(-2))) + x_BRD
         keys.append(k_BRHK)
