@@ -17,6 +17,8 @@ PROJECTS = {
     path.parent.name: tomllib.loads(path.read_text())
     for path in (*ROOT.glob("packages/*/pyproject.toml"), *ROOT.glob("examples/*/pyproject.toml"))
 }
+ELSEWHERE = {"onnxruntime-gpu", "tensorrt-cu13"}
+"""Cannot be installed beside what the tests use, or not without a GPU: declared, not tested."""
 PACKAGES = [name for name in PROJECTS if (ROOT / "packages" / name).exists()]
 
 
@@ -34,7 +36,7 @@ def declared(name: str) -> list[Requirement]:
         *project.get("dependency-groups", {}).values(),
     ]
     every = [Requirement(text) for group in groups for text in group]
-    return [r for r in every if canonicalize_name(r.name) not in PROJECTS]
+    return [r for r in every if canonicalize_name(r.name) not in {*PROJECTS, *ELSEWHERE}]
 
 
 def closure(roots: list[str]) -> set[str]:

@@ -46,7 +46,7 @@ class TestExporter(ExporterSuite):
 
     @pytest.fixture
     def bundle(self, tmp_path: Path) -> Bundle:
-        return write(tmp_path, "research")
+        return write(tmp_path, "mtgr")
 
 
 class TestEngineInFloat32(EngineSuite):
@@ -149,8 +149,7 @@ def test_graphs_say_what_they_are(folders: dict[str, Path], kind: str) -> None:
         assert graph.parity.max_error <= 1e-5
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype"), [("research", "float16"), ("mtgr", "bfloat16")])
 def test_other_precisions(folders: dict[str, Path], tmp_path: Path, kind: str, dtype: str) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -249,7 +248,7 @@ def test_reuse_under_fire(folders: dict[str, Path], kind: str, task: Task) -> No
     folder = folders[kind]
     model = model_of(folder)
     fresh = engine_of(model, folder)
-    cache = PagedCache(1 << 19)
+    cache = PagedCache(3 << 16)
     cached = engine_of(model, folder, cache)
     users = Users(seed=3, users=12)
     reused = 0
@@ -261,7 +260,7 @@ def test_reuse_under_fire(folders: dict[str, Path], kind: str, task: Task) -> No
         reused += sum(result.tokens_reused for result in found)
     assert reused > 300
     assert cache.statistics().evictions > 10
-    assert cache.statistics().bytes <= 1 << 19
+    assert cache.statistics().bytes <= 3 << 16
     cached.close()
     assert cache.statistics().bytes == 0
     fresh.close()
@@ -317,5 +316,5 @@ def test_damaged_graphs_are_refused(folders: dict[str, Path], tmp_path: Path, da
 
 
 def test_a_provider_that_is_not_there(folders: dict[str, Path]) -> None:
-    with pytest.raises(PlanError, match=r"provider is .NoSuchProvider.; onnxruntime .* has CPU"):
+    with pytest.raises(PlanError, match=r"provider is .NoSuchProvider.; onnxruntime .* has .*CPU"):
         engine_of(model_of(folders["mtgr"]), folders["mtgr"], extra={"provider": "NoSuchProvider"})

@@ -97,11 +97,20 @@ def to_onnx(source: Source, dtype: str, opset: int, example: Mapping[str, Any]) 
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        raise GrError(f"{source.name}: torch cannot export it to ONNX: {error}") from error
+        raise GrError(
+            f"{source.name}: torch {torch.__version__} cannot export it to ONNX: {_cause(error)}"
+        ) from error
     assert program is not None
     model: ir.Model = program.model
     _named(model, source)
     return model
+
+
+def _cause(error: BaseException) -> str:
+    """What is at the bottom: the exporter wraps it in pages of advice to its own developers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _axes(tensor: Tensor) -> dict[int, str]:
