@@ -5,6 +5,7 @@ Shapes: B batch, T tokens given, P tokens cached, N tokens of the history, C can
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
@@ -417,6 +418,27 @@ def kv_shape(opened: Opened) -> tuple[int, int, int, int]:
     if isinstance(config, MTGRConfig):
         return config.num_layers, config.num_heads, config.qk_dim, config.v_dim
     return config.num_layers, config.num_heads, config.d_qk, config.d_v
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["research", "ranking", "mtgr with places"])
+@torch.no_grad()
+def test_copies_of_lower_precision(name: str, dtype: torch.dtype) -> None:
+    """All of a copy is in its precision, and gives about the same."""
+    opened = Opened(VARIANTS[name])
+    request = opened.request(np.random.default_rng(5), (10, 4, 3))
+    sequence = opened.jagged.sequence(request)
+    (kv,) = run(opened.steps.prefill(opened.task), [opened.steps.arrays(request, sequence, 0)])
+    step = opened.steps.decode(opened.task)
+    row = with_past(opened, request, sequence, kv, 6)
+    inputs = collate(step.inputs, [EncodedRequest(opened.task, row, 0)])
+    given = {n: torch.from_numpy(a) for n, a in inputs.items()}
+    expected = step.module(**given)
+    lower = {n: a.to(dtype) if a.is_floating_point() else a for n, a in given.items()}
+    found = copy.deepcopy(step.module).to(dtype)(**lower)
+    for output, answer in zip(found, expected, strict=True):
+        assert output.dtype == dtype
+        torch.testing.assert_close(output.float(), answer, rtol=0.1, atol=0.1)
 
 
 # ── Models of bundles ─────────────────────────────────────────────────────────────────────────

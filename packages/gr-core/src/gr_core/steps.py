@@ -34,14 +34,16 @@ class Step:
 
     ``module(**inputs)`` takes the inputs by name with a leading batch axis, jagged axes padded on
     the right as `gr_core.collate.collate` does, and returns a tuple in the order of ``outputs``,
-    with a leading batch axis each. Outputs at padded places are arbitrary but finite. What it
-    computes for one row depends on nothing else in the batch, and not on the padding.
+    with a leading batch axis each. Cached K and V may be padded by anything whose products are
+    finite. Outputs at padded places are arbitrary but finite. What it computes for one row depends
+    on nothing else in the batch, and not on the padding.
     """
 
     module: Any
     inputs: tuple[ArraySpec, ...]
-    """Those of a decode step begin with ``past_keys`` float32 (M, P, H, K), ``past_values``
-    float32 (M, P, H, V), and ``past_lengths`` int32 (), the P of this request."""
+    """In the order of the module's parameters; the outputs depend on each one. Those of a decode
+    step begin with ``past_keys`` float32 (M, P, H, K), ``past_values`` float32 (M, P, H, V), and
+    ``past_lengths`` int32 (), the P of this request."""
     outputs: tuple[ArraySpec, ...]
     """``keys`` (M, T, H, K) and ``values`` (M, T, H, V) of the given tokens, float32, and before
     them the answer, see `SteppedModel`."""

@@ -151,7 +151,9 @@ def attention(
     score_BHRS = q_BRHK.transpose(1, 2) @ k_BSHK.permute(0, 2, 3, 1)
     if bias_BRS is not None:
         score_BHRS = score_BHRS + bias_BRS[:, None]
-    weight_BHRS = F.silu(score_BHRS) * sight.weight_BRS[:, None]
+    # In a copy of lower precision, whose products go on in it.
+    seen_B1RS = sight.weight_BRS[:, None].to(score_BHRS.dtype)
+    weight_BHRS = F.silu(score_BHRS) * seen_B1RS
     sum_BRHV = (weight_BHRS @ v_BSHV.transpose(1, 2)).transpose(1, 2)
     if sight.apart:
         own_BRH1 = F.silu((q_BRHK * k_BRHK).sum(-1, keepdim=True)) / sight.divisor
