@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import nox
@@ -26,6 +27,7 @@ nox.options.reuse_existing_virtualenvs = True
 ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / "constraints.txt"
 MINIMUMS = ROOT / "constraints-minimum.txt"
+TRITON = ROOT / "constraints-triton.txt"
 DIST = ROOT / "dist"
 PROTOC = "1.67.1"
 """Generated code refuses an older runtime, so the oldest supported grpcio-tools makes it."""
@@ -91,7 +93,7 @@ def tests(session: nox.Session, package: str) -> None:
 @nox.session(venv_backend="none", requires=["workbench"])
 def integration(session: nox.Session) -> None:
     """All packages together: the real server, the example plugin, the scaffold."""
-    pytest(session, "tests", *NO_GPU, "--ignore=tests/docs")
+    pytest(session, "tests", *NO_GPU, "--ignore=tests/docs", "--ignore=tests/triton")
 
 
 @nox.session(venv_backend="none", requires=["workbench"])
@@ -119,6 +121,21 @@ def minimums(session: nox.Session) -> None:
     install_editable(session, MINIMUMS, *test_requirements(PACKAGES))
     for package in PACKAGES:
         session.run("python", "-m", "pytest", f"packages/{package}/tests", *QUICK, *session.posargs)
+
+
+@nox.session(python="3.11")
+def triton(session: nox.Session) -> None:
+    """Repositories for Triton Inference Server in the real server; `-- --bench` measures it."""
+    packages = [name for name in PACKAGES if name != "gr-kernels"]
+    needed = ("gr-trt[cpu,rtx]", "tritonclient[grpc]", "pytest", "pytest-asyncio", "pytest-timeout")
+    install_editable(session, TRITON, *needed, packages=packages)
+    # Only its tritonserver is run: of what it depends on, nothing is needed.
+    session.install("-c", str(TRITON), "--no-deps", "nvidia-pytriton")
+    if "--bench" in session.posargs:
+        given = [word for word in session.posargs if word != "--bench"]
+        session.run("python", "benchmarks/triton.py", *given)
+        return
+    session.run("python", "-m", "pytest", "tests/triton", *NO_GPU, *session.posargs)
 
 
 # ── On request ────────────────────────────────────────────────────────────────────────────────
@@ -228,18 +245,23 @@ def pytest(session: nox.Session, *arguments: str, env: dict[str, str] | None = N
     on_workbench(session, "python", "-m", "pytest", *arguments, *session.posargs, env=env)
 
 
-def install_editable(session: nox.Session, constraints: Path, *requirements: str) -> None:
-    """All packages in one command, so that pip sees that they satisfy each other.
+def install_editable(
+    session: nox.Session,
+    constraints: Path,
+    *requirements: str,
+    packages: Sequence[str] = PACKAGES,
+) -> None:
+    """Packages of this checkout in one command, so that pip sees that they satisfy each other.
 
     Does nothing where this environment was made in the same way before.
     """
     stamp = Path(session.virtualenv.location) / "installed"
-    files = [constraints, *(file for package in PACKAGES for file in build_inputs(package))]
+    files = [constraints, *(file for package in packages for file in build_inputs(package))]
     made_of = hashlib.sha256(b"".join(f.read_bytes() for f in files) + repr(requirements).encode())
     if stamp.exists() and stamp.read_text() == made_of.hexdigest():
         return
     stamp.unlink(missing_ok=True)
-    editable = [word for package in PACKAGES for word in ("-e", f"packages/{package}")]
+    editable = [word for package in packages for word in ("-e", f"packages/{package}")]
     session.install("-c", str(constraints), *editable, *requirements)
     stamp.write_text(made_of.hexdigest())
 

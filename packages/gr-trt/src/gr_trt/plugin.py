@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from gr_core import EngineDescriptor, ExporterDescriptor, Task, hookimpl
+from gr_core import CommandDescriptor, EngineDescriptor, ExporterDescriptor, Task, hookimpl
 from gr_trt import probes
 
 _TASKS = (Task.RETRIEVE, Task.RANK)
@@ -31,6 +31,16 @@ def gr_register_exporters() -> Iterable[ExporterDescriptor]:
             revision=probes.tensorrt_revision(),
             summary="Plans of TensorRT; TensorRT for RTX builds them for other machines too",
             probe=probes.tensorrt,
+        ),
+        ExporterDescriptor(
+            name="triton-repository",
+            factory="gr_trt.triton.exporter:TritonExporter",
+            source="onnx",
+            target="triton-repository",
+            tasks=_TASKS,
+            summary="A model repository for Triton Inference Server",
+            probe=probes.onnx_export,
+            automatic=False,
         ),
     ]
 
@@ -62,4 +72,15 @@ def gr_register_engines() -> Iterable[EngineDescriptor]:
             probe=probes.tensorrt,
             device_probe=probes.tensorrt_device,
         ),
+    ]
+
+
+@hookimpl
+def gr_register_commands() -> Iterable[CommandDescriptor]:
+    return [
+        CommandDescriptor(
+            name="triton",
+            factory="gr_trt.triton.cli:triton",
+            summary="Work on model repositories of Triton Inference Server",
+        )
     ]

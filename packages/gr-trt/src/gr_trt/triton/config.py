@@ -89,9 +89,13 @@ def step_config(
     wiring: Wiring,
     options: RepositoryOptions,
     device: str,
+    profile: str,
     warm_up: Sequence[WarmUp],
 ) -> str:
-    """The configuration of a step; all its versions share it."""
+    """The configuration of a step; all its versions share it.
+
+    ``profile`` is the place of the plan's profile to be used, where there are several.
+    """
     ports = {
         "features": ([Port(REQUEST, "text", (1,))], wiring.features),
         "engine": (_engine_inputs(wiring), wiring.outputs),
@@ -114,6 +118,7 @@ def step_config(
             {
                 "count": options.instances if is_engine else options.step_instances,
                 "kind": Word(_kind(backend, device) if is_engine else "KIND_CPU"),
+                **({"profile": profile} if is_engine and profile else {}),
             }
         ],
         "dynamic_batching": _batching(options, is_engine),

@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 import tempfile
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 
-from gr_core.contracts import Artifact, Exporter, ExportOptions, Model
+from gr_core.contracts import Artifact, ExportOptions, Model
 from gr_core.errors import BundleError
 from gr_trt.ensemble import Ensemble
 from gr_trt.options import own_options
 from gr_trt.triton.graphs import fitted
 from gr_trt.triton.layout import graph_for
 from gr_trt.triton.options import PYTHON, TENSORRT, RepositoryOptions
+from gr_trt.triton.plans import build
 from gr_trt.triton.repository import Source, version_of, write_report, write_repository
 from gr_trt.triton.verify import verify
 
@@ -51,7 +51,7 @@ class TritonExporter:
             if own.backend == TENSORRT:
                 plans = Path(scratch) / "plans"
                 plans.mkdir()
-                _tensorrt().export(Artifact("onnx", graphs), model, plans, options)
+                build(graphs, model, plans, options, own)
             source = Source(model, graphs, plans, options.device)
             for task in tasks:
                 names = write_repository(out_dir, source, task, own)
@@ -75,8 +75,3 @@ class TritonExporter:
                     parity.tolerance,
                 )
         return Artifact(TARGET, out_dir)
-
-
-def _tensorrt() -> Exporter:
-    exporter: Exporter = import_module("gr_trt.tensorrt.exporter").TensorRTExporter()
-    return exporter

@@ -47,6 +47,7 @@ from gr_trt.triton.layout import (
 )
 from gr_trt.triton.loading import load_features
 from gr_trt.triton.options import ONNXRUNTIME, PYTHON, TENSORRT, RepositoryOptions
+from gr_trt.triton.plans import Plan, longest, plan_for
 from gr_trt.triton.requests import request_text
 
 _CLASSES = {"features": "FeaturesModel", "engine": "EngineModel", "answer": "AnswerModel"}
@@ -87,6 +88,7 @@ def write_repository(
     names = names_of(options.triton_name or source.model.bundle.name, task)
     ensemble = Ensemble.read(source.graphs)
     wiring = _wiring(source.model, ensemble, task, options.backend)
+    plan = None if source.plans is None else plan_for(source.plans, task, options)
     step = Step(
         task=task,
         backend=options.backend,
@@ -94,20 +96,19 @@ def write_repository(
         dtype=ensemble.dtype,
         batch=options.triton_batch,
         threads=options.engine_threads,
-        longest={}
-        if options.backend == PYTHON
-        else {name: axis.maximum for name, axis in ensemble.axes.items()},
+        longest=_longest(ensemble, plan, options.backend),
     )
     for name in STEPS:
         folder = out_dir / names.step(name) / str(version)
         folder.mkdir(parents=True)
         if name == "engine" and options.backend != PYTHON:
-            _write_graph(source, ensemble, task, options.backend, folder)
+            _write_graph(source, ensemble, task, plan, folder)
         else:
             _write_step(source, ensemble, step, name, folder, out_dir / names.step(STEPS[0]))
     warm = _warm_ups(out_dir, names, version, source.model, wiring, options)
     for name in STEPS:
-        text = step_config(name, names, wiring, options, source.device, warm[name])
+        profile = "" if plan is None or plan.profiles == 1 else str(plan.place)
+        text = step_config(name, names, wiring, options, source.device, profile, warm[name])
         (out_dir / names.step(name) / CONFIG).write_text(text)
     for name in (names.ensemble, names.pinned(version)):
         folder = out_dir / name / str(version)
@@ -164,17 +165,23 @@ def _write_step(
 
 
 def _write_graph(
-    source: Source, ensemble: Ensemble, task: Task, backend: str, folder: Path
+    source: Source, ensemble: Ensemble, task: Task, plan: Plan | None, folder: Path
 ) -> None:
-    graph = graph_for(ensemble, task, f"triton-repository, backend {backend}")
-    if backend == ONNXRUNTIME:
-        copy_graph(source.graphs / graph.file, folder / FILES[ONNXRUNTIME])
+    if plan is not None:
+        copy(plan.file, folder / FILES[TENSORRT])
+        copy(plan.file.parent / FILE, folder / FILE)
         return
-    assert source.plans is not None
-    plans = Ensemble.read(source.plans)
-    plan = graph_for(plans, task, f"triton-repository, backend {backend}")
-    copy(source.plans / plan.file, folder / FILES[TENSORRT])
-    copy(source.plans / FILE, folder / FILE)
+    graph = graph_for(ensemble, task, f"triton-repository, backend {ONNXRUNTIME}")
+    copy_graph(source.graphs / graph.file, folder / FILES[ONNXRUNTIME])
+
+
+def _longest(ensemble: Ensemble, plan: Plan | None, backend: str) -> Mapping[str, int]:
+    """See `gr_trt.triton.layout.Step`."""
+    if backend == PYTHON:
+        return {}
+    if plan is not None:
+        return longest(plan)
+    return {name: axis.maximum for name, axis in ensemble.axes.items()}
 
 
 def _warm_ups(

@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gr_core.contracts import EncodedRequest, Engine, InferenceResult, Model
-from gr_core.errors import GrError, UserError
+from gr_core.errors import GrError, InvalidRequest, UserError, Violation
+from gr_trt.triton.features import Row
 from gr_trt.triton.layout import ANSWER, REQUEST
 from gr_trt.triton.loading import (
     load_answers,
@@ -98,12 +99,23 @@ class FeaturesModel(_Step):
         triton = _triton()
         try:
             texts = triton.get_input_tensor_by_name(request, REQUEST).as_numpy()[:, 0]
-            rows = [self._features.row(text) for text in texts]
+            rows = [self._row(text, i, len(texts)) for i, text in enumerate(texts)]
             made = self._features.tensors(rows)
             wanted = request.requested_output_names()
             return _response({name: made[name] for name in wanted})
         except Exception as error:
             return self._refused(error)
+
+    def _row(self, text: bytes, place: int, count: int) -> Row:
+        try:
+            return self._features.row(text)
+        except InvalidRequest as error:
+            if count == 1:
+                raise
+            where = f"request[{place}]"
+            raise InvalidRequest(
+                [Violation(f"{where}: {v.field}", v.message) for v in error.violations]
+            ) from None
 
 
 class EngineModel(_Step):

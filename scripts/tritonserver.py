@@ -1,4 +1,11 @@
-"""The real tritonserver of the wheel nvidia-pytriton, with its Python backend, on loopback."""
+"""The real tritonserver of the wheel nvidia-pytriton, with its Python backend, on loopback.
+
+    pip install --no-deps nvidia-pytriton
+    python scripts/tritonserver.py REPOSITORY        serves a repository until it is interrupted
+
+For tests, benchmarks, and for trying a repository without a container. The wheel has no other
+backends. Python's shared library has to be installed, on Debian as libpython3.11.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +14,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.request import urlopen
 
 SECONDS_TO_START = 60
 SECONDS_TO_STOP = 30
@@ -32,8 +41,8 @@ class Triton:
 def wheel() -> Path:
     """Where the wheel is installed; it is never imported, only its binaries are run."""
     spec = find_spec("pytriton")
-    assert spec is not None, "needs the wheel nvidia-pytriton; use `nox -s triton`"
-    assert spec.origin is not None
+    if spec is None or spec.origin is None:
+        raise SystemExit("nvidia-pytriton is not installed; pip install --no-deps nvidia-pytriton")
     return Path(spec.origin).parent
 
 
@@ -103,18 +112,12 @@ def started(repository: Path, scratch: Path, *options: str) -> Iterator[Triton]:
 
 
 def wait_until_ready(triton: Triton) -> None:
-    import tritonclient.grpc as client
-
-    with client.InferenceServerClient(triton.grpc) as probe:
-        for _ in range(20 * SECONDS_TO_START):
-            code = triton.process.poll()
-            assert code is None, f"tritonserver ended with {code}\n{tail(triton.log)}"
-            try:
-                if probe.is_server_ready():
-                    return
-            except client.InferenceServerException:
-                pass
-            time.sleep(0.05)
+    for _ in range(20 * SECONDS_TO_START):
+        code = triton.process.poll()
+        assert code is None, f"tritonserver ended with {code}\n{tail(triton.log)}"
+        with suppress(OSError), urlopen(f"http://{triton.http}/v2/health/ready", timeout=5):
+            return
+        time.sleep(0.05)
     raise AssertionError(f"not ready after {SECONDS_TO_START} s\n{tail(triton.log)}")
 
 
@@ -131,3 +134,20 @@ def free_ports(count: int) -> Sequence[int]:
     finally:
         for one in sockets:
             one.close()
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        raise SystemExit(__doc__)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        started(Path(sys.argv[1]).resolve(), Path(scratch)) as triton,
+        suppress(KeyboardInterrupt),
+    ):
+        wait_until_ready(triton)
+        print(f"serving on {triton.grpc} (gRPC) and {triton.http} (HTTP)", flush=True)
+        triton.process.wait()
+
+
+if __name__ == "__main__":
+    main()
