@@ -56,7 +56,7 @@ def layout(tensors: Sequence[Tensor], sizes: Mapping[str, int]) -> Layout:
 def write(block: torch.Tensor, into: Layout, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
     """Copies arrays to their places in a block of host memory, in the tensors' types."""
     for name, place in into.places.items():
-        place.view(block).copy_(torch.from_numpy(np.ascontiguousarray(arrays[name])))
+        place.view(block).copy_(torch.from_numpy(np.asarray(arrays[name], order="C")))
 
 
 def read(block: torch.Tensor, where: Layout) -> dict[str, npt.NDArray[Any]]:

@@ -25,7 +25,7 @@ from gr_core.contracts import (
     Model,
     TorchModel,
 )
-from gr_core.errors import BundleError, PlanError, Unavailable
+from gr_core.errors import BundleError, FailedPrecondition, PlanError, Unavailable
 from gr_core.samples import for_task, sample_requests
 from gr_core.steps import PAST_KEYS, SteppedModel
 from gr_core.types import Task
@@ -105,15 +105,21 @@ class TensorRTEngine:
         self._model = model
 
     def warm_up(self) -> None:
-        """Runs each task alone and in a batch, until the launches are recorded."""
+        """Runs each task alone and in a batch, until the launches are recorded.
+
+        A sample that is too large for the profiles is told of and left out.
+        """
         model = self._model
         assert model is not None
         samples = sample_requests(model, 8)
         for task in self._passes:
             requests = [model.encode(for_task(request, task), task).request for request in samples]
             for batch in ([requests[0]], [requests[1]], [requests[-1]], requests):
-                for _ in range(_REPEATED):
-                    self.infer(batch)
+                try:
+                    for _ in range(_REPEATED):
+                        self.infer(batch)
+                except FailedPrecondition as error:
+                    logger.warning("a sample of the model cannot be run: %s", error)
 
     def infer(self, batch: Sequence[EncodedRequest]) -> Sequence[InferenceResult]:
         if self._model is None:

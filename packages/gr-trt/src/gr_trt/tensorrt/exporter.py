@@ -16,7 +16,7 @@ from gr_trt.ensemble import Ensemble, Graph
 from gr_trt.options import own_options
 from gr_trt.tensorrt import graphs, plan_cache, plan_file
 from gr_trt.tensorrt.builder import build
-from gr_trt.tensorrt.graphs import OnnxGraph
+from gr_trt.tensorrt.graphs import OnnxGraph, Peak
 from gr_trt.tensorrt.library import Library, choose, current_target
 from gr_trt.tensorrt.network import parse
 from gr_trt.tensorrt.options import CURRENT, BuildOptions
@@ -27,6 +27,10 @@ from gr_trt.tensorrt.refit import refit
 logger = logging.getLogger(__name__)
 
 _MIB = 2**20
+_OWN = 16 * _MIB
+"""What TensorRT's kernels take of a workspace for themselves, about."""
+_ALIVE = 3
+"""Tensors of the largest size that are alive at once: scores, activated, masked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,28 +163,28 @@ def _fitting(
     limit = options.workspace_mib * _MIB
     found: list[Profile] = []
     for wanted in profiles(ensemble, graph, options):
-        profile: Profile | None = wanted
-        while profile is not None:
-            sizes = {axis: r.most for axis, r in profile.axes.items()}
-            peak = graphs.peak(onnx_graph, sizes)
-            if peak.bytes <= limit:
-                found.append(profile)
-                break
-            profile = shrunk(profile)
-            if profile is None:
+        profile = wanted
+        while (peak := _peak(onnx_graph, profile)).bytes > limit - _OWN or (
+            profile.batch > 1 and _ALIVE * peak.bytes > limit - _OWN
+        ):
+            smaller = shrunk(profile)
+            if smaller is None:
+                sizes = ", ".join(f"{a} {r.most}" for a, r in profile.axes.items() if a != BATCH)
                 raise PlanError(
-                    f"graph {graph.name!r}: for a single request at the largest sizes "
-                    f"({_said(sizes)}), {peak.name} alone takes {peak.bytes / _MIB:,.0f} MiB, "
-                    f"more than workspace_mib={options.workspace_mib}; allow more, or lower "
-                    "max_history or max_candidates"
+                    f"graph {graph.name!r}: for a single request of the largest sizes ({sizes}), "
+                    f"{peak.name!r} alone takes {peak.bytes / _MIB:,.1f} MiB, too much for "
+                    f"workspace_mib={options.workspace_mib}; allow more, or lower max_history or "
+                    "max_candidates"
                 )
-        if profile is not None and profile != wanted:
+            profile = smaller
+        if profile != wanted:
             logger.info("%s: profile %s is made to fit: %s", graph.name, wanted, profile)
+        found.append(profile)
     return distinct(found)
 
 
-def _said(sizes: dict[str, int]) -> str:
-    return ", ".join(f"{axis} {size}" for axis, size in sizes.items() if axis != BATCH)
+def _peak(graph: OnnxGraph, profile: Profile) -> Peak:
+    return graphs.peak(graph, {axis: r.most for axis, r in profile.axes.items()})
 
 
 def _note(facts: PlanFacts) -> dict[str, Any]:

@@ -53,8 +53,7 @@ def make_log(library: Library) -> Any:
                 self._count(message)
 
         def _count(self, message: str) -> None:
-            if message.startswith("Engine Layer Information:"):
-                found = _LAYER.findall(message)
+            if found := _LAYER.findall(message):
                 self.layers = tuple(f"{kind} {name}" for name, kind in found)
             for fact, words in (
                 ("activation_bytes", "Total Activation Memory: "),
