@@ -37,8 +37,7 @@ class MTGRSteps:
         self._module = module
         self._timed = bool(config.time_buckets)
         self._width = 1 + len(module.signals) + self._timed
-        prefix = config.context_placement == "prefix"
-        self._first_rows = tokens.first_rows([module.users, *[module.contexts][:prefix]])
+        self._first_rows = tokens.first_rows(tokens.tables_of(module))
         self._crosses = len(module.crosses)
         self._contexts = len(module.contexts) if config.context_placement == "candidate" else 0
         self._kv = (config.num_layers, config.num_heads, config.qk_dim, config.v_dim)
@@ -116,9 +115,7 @@ class _History(nn.Module):
         self.prefix = config.num_prefix_tokens
         self.signals = len(model.signals)
         self.timed = bool(config.time_buckets)
-        tables = tokens.tables_of(model.users)
-        if config.context_placement == "prefix":
-            tables += tokens.tables_of(model.contexts)
+        tables = tokens.tables_of(model)
         if tables:
             # A token of U is one of few: all of them are projected here.
             with torch.no_grad():

@@ -34,8 +34,7 @@ class RankingSteps:
         self._from_end = bool(config.position_buckets) and config.position_from == "end"
         self._width = 1 + len(module.signals) + self._timed + self._from_end
         self._bucket = self._timed and config.time_from == "previous"
-        prefix = config.context_placement == "prefix"
-        self._first_rows = tokens.first_rows([module.users, *[module.contexts][:prefix]])
+        self._first_rows = tokens.first_rows(tokens.tables_of(module))
         self._crosses = len(module.crosses)
         self._contexts = len(module.contexts) if config.context_placement == "candidate" else 0
         self._kv = (config.num_layers, config.num_heads, config.d_qk, config.d_v)
@@ -106,9 +105,7 @@ class _History(nn.Module):
         self.signals = len(model.signals)
         self.timed = bool(config.time_buckets)
         self.from_end = bool(config.position_buckets) and config.position_from == "end"
-        tables = tokens.tables_of(model.users)
-        if config.context_placement == "prefix":
-            tables += tokens.tables_of(model.contexts)
+        tables = tokens.tables_of(model)
         if tables:
             self.register_buffer("features", torch.cat(tables))
 

@@ -84,7 +84,7 @@ class RetrievalSteps:
         arrays: dict[str, npt.NDArray[Any]] = {
             PAST_LENGTHS: np.array(start, np.int32),
             LENGTHS: np.array(sequence.history - start, np.int32),
-            tokens.IDS: tokens.step_ids(sequence, start, self._width, tokens.first_rows([])),
+            tokens.IDS: tokens.step_ids(sequence, start, self._width),
             tokens.LOW: sequence.low[start:],
             tokens.HIGH: sequence.high[start:],
         }

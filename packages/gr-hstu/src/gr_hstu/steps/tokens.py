@@ -32,6 +32,7 @@ from gr_core.steps import (
 )
 from gr_hstu.jagged.intervals import Int32Array
 from gr_hstu.jagged.rows import to_ids
+from gr_hstu.models import MTGR, HSTURanking
 from gr_hstu.modules.embeddings import FeatureEmbeddings
 from gr_hstu.modules.hstu import HSTULayer, HSTUStack
 
@@ -42,6 +43,7 @@ CANDIDATE_BUCKET, CONTEXT_FEATURES = "candidate_bucket", "context_features"
 
 NOWHERE = -1
 """A place that is in no interval."""
+_NO_ROWS = np.zeros(0, np.int32)
 
 
 class Past(NamedTuple):
@@ -194,19 +196,21 @@ def by_layer(parts: Sequence[Tensor], sight: Sight) -> Tensor:
     return torch.stack(list(parts), dim=1)
 
 
-def tables_of(features: FeatureEmbeddings) -> list[Tensor]:
-    """One (rows, columns) a feature."""
-    return [cast("nn.Embedding", table).weight for table in features.tables]
+def tables_of(model: HSTURanking | MTGR) -> list[Tensor]:
+    """Embeddings (rows, columns) of each prefix token's feature."""
+    tables = [*model.users.tables]
+    if model.config.context_placement == "prefix":
+        tables += model.contexts.tables
+    return [cast("nn.Embedding", table).weight for table in tables]
 
 
-def first_rows(features: Sequence[FeatureEmbeddings]) -> Int32Array:
-    """Where the table of each feature begins in all of them together."""
-    rows = [len(table) for part in features for table in tables_of(part)]
-    return np.cumsum([0, *rows], dtype=np.int32)[:-1]
+def first_rows(tables: Sequence[Tensor]) -> Int32Array:
+    """Where each table begins in all of them together."""
+    return np.cumsum([0, *map(len, tables)], dtype=np.int32)[:-1]
 
 
 def step_ids(
-    sequence: TokenSequence, start: int, width: int, first_rows_P: Int32Array
+    sequence: TokenSequence, start: int, width: int, first_rows_P: Int32Array = _NO_ROWS
 ) -> Int32Array:
     """Ids (T, width) of the tokens from ``start`` on, to be read only.
 
