@@ -125,15 +125,19 @@ class Case:
 
 
 def cases(
-    model: Model, task: Task, requests: Sequence[LabelledRequest], k: int = K
+    model: Model,
+    task: Task,
+    requests: Sequence[LabelledRequest],
+    k: int = K,
+    *,
+    unlabelled: bool = False,
 ) -> Sequence[Case]:
-    """Requests that say something of the task, encoded."""
+    """Requests that say something of the task, or all of them if ``unlabelled``, encoded."""
+    retrieve = task is Task.RETRIEVE
     return [
-        _retrieval_case(model, labelled, k)
-        if task is Task.RETRIEVE
-        else _ranking_case(model, labelled)
+        _retrieval_case(model, labelled, k) if retrieve else _ranking_case(model, labelled)
         for labelled in requests
-        if (len(labelled.relevant) if task is Task.RETRIEVE else labelled.labels)
+        if unlabelled or (len(labelled.relevant) if retrieve else labelled.labels)
     ]
 
 

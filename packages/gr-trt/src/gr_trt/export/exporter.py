@@ -53,7 +53,7 @@ class OnnxExporter:
         quantization = own_options(QuantizationOptions, options.extra, "exporter onnx")
         with tempfile.TemporaryDirectory(prefix="gr-onnx-") as scratch:
             _export(model, Path(scratch), "float32", own)
-            quantize_ensemble(Path(scratch), out_dir, model, quantization)
+            quantize_ensemble(Path(scratch), out_dir, model, quantization, device=options.device)
         return Artifact("onnx", out_dir)
 
 
