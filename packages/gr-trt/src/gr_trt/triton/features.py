@@ -111,9 +111,10 @@ class Features:
 
     def _checked(self, request: RecommendRequest) -> RecommendRequest:
         """The request with its time and a name. Raises `InvalidRequest`."""
-        found = self._misplaced(request) + _not_numbers(request)
-        if not found:
-            found = violations_of(request, self._limits)
+        no_numbers = _not_numbers(request)
+        found = self._misplaced(request) + no_numbers
+        if not no_numbers:
+            found += violations_of(request, self._limits)
         if found:
             raise InvalidRequest(found)
         now = time.time_ns() // 1_000_000
