@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 import torch
+from onnx_ir import tensor_adapters
 from torch import Tensor as TorchTensor
 from torch import nn
 
@@ -49,12 +51,39 @@ class TopK(nn.Module):
 
     def forward(self, user: TorchTensor, k: TorchTensor) -> tuple[TorchTensor, TorchTensor]:
         """Scores (B, S) float32 and catalogue indices (B, S) int64, S being ``k``."""
-        count = k.item()
-        torch._check(count >= 1)  # type: ignore[no-untyped-call]
-        torch._check(count <= self.table.shape[1])  # type: ignore[no-untyped-call]
-        scores_BI = user.to(self.table.dtype) @ self.table
-        scores_BS, places_BS = torch.topk(scores_BI.float(), int(count), dim=-1)
+        scores_BS, places_BS = torch.topk(user @ self.table, int(k), dim=-1)
         return scores_BS, places_BS + 1
+
+    def graph(self, dtype: str, opset: int) -> ir.Model:
+        """The same in ONNX, written down: torch cannot export a size that is an input."""
+        table = tensor_adapters.TorchTensor(self.table.to(getattr(torch, dtype)), name="table")
+        user = ir.Value(name="user", type=ir.TensorType(ir.DataType.FLOAT))
+        k = ir.Value(name="k", type=ir.TensorType(ir.DataType.INT64))
+        weights = ir.Value(name="table", type=ir.TensorType(table.dtype), const_value=table)
+        tape = ir.tape.Tape()
+        typed_BD = tape.op("Cast", [user], {"to": table.dtype.value})
+        typed_BI = tape.op("MatMul", [typed_BD, weights])
+        scores_BI = tape.op("Cast", [typed_BI], {"to": ir.DataType.FLOAT.value})
+        one = tape.op("Constant", [], {"value_ints": [1]})
+        count = tape.op("Reshape", [k, one])
+        scores_BS, places_BS = tape.op_multi_out(
+            "TopK", [scores_BI, count], {"axis": -1}, num_outputs=2
+        )
+        indices_BS = tape.op("Add", [places_BS, one])
+        for value, name, kind in (
+            (scores_BS, "scores", ir.DataType.FLOAT),
+            (indices_BS, "indices", ir.DataType.INT64),
+        ):
+            value.name, value.type = name, ir.TensorType(kind)
+        graph = ir.Graph(
+            [user, k],
+            [scores_BS, indices_BS],
+            nodes=tape.nodes,
+            initializers=[weights],
+            opset_imports={"": opset},
+            name="top_k",
+        )
+        return ir.Model(graph, ir_version=10)
 
     def scores_of(self, user: npt.NDArray[Any], indices: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Scores (B, S) float32 of given items (B, S) for users (B, D)."""
@@ -151,7 +180,8 @@ def _decode_example(
     model: SteppedModel, request: EncodedRequest, sequence: Any, past: tuple[Any, Any], part: float
 ) -> Arrays:
     """The same request with a part of its history cached."""
-    last = sequence.history - (request.task is Task.RETRIEVE)
+    # Where the last token's output is the answer, it has to be given.
+    last = sequence.history - (sequence.candidates == 0)
     start = max(0, min(int(part * sequence.history), sequence.reusable, last))
     arrays = dict(model.step_arrays(request, sequence, start))
     step = model.decode_step(request.task)

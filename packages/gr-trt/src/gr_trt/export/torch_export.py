@@ -23,7 +23,7 @@ from gr_core.errors import GrError
 from gr_core.steps import KEYS, PAST_KEYS, PAST_VALUES, VALUES
 from gr_core.types import Task
 from gr_trt.ensemble import Tensor
-from gr_trt.export.sources import Source
+from gr_trt.export.sources import Source, TopK
 
 WEIGHTS = "weights.bin"
 _INLINE = 1024
@@ -75,6 +75,10 @@ def batch(inputs: Sequence[Tensor], examples: Sequence[Mapping[str, Any]]) -> di
 
 def to_onnx(source: Source, dtype: str, opset: int, example: Mapping[str, Any]) -> ir.Model:
     """The graph, with axes named as the inputs and outputs say."""
+    if isinstance(source.module, TopK):
+        model = source.module.graph(dtype, opset)
+        _named(model, source)
+        return model
     module: nn.Module = source.module
     if dtype != "float32":
         module = _converted(source, TORCH_DTYPES[dtype])
@@ -101,7 +105,7 @@ def to_onnx(source: Source, dtype: str, opset: int, example: Mapping[str, Any]) 
             f"{source.name}: torch {torch.__version__} cannot export it to ONNX: {_cause(error)}"
         ) from error
     assert program is not None
-    model: ir.Model = program.model
+    model = program.model
     _named(model, source)
     return model
 

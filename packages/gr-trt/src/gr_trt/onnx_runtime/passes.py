@@ -187,15 +187,18 @@ class Stepped:
         self._keep(work, outputs, 0)
         if len(parts) == 1:
             return _own(outputs, 0, work.request)
-        # The others see the whole history, whose new tokens the first run has computed.
+        # The others see the whole history, whose new tokens the first run has computed. Where
+        # candidates do not go through the layers, the last token's output is what scores them.
+        start = n if work.sequence.candidates else max(0, n - 1)
         past = self._past([work])
-        new = n - work.start
         past = tuple(  # type: ignore[assignment]
-            np.concatenate([cached[:, :, : work.start], outputs[name][:, :, :new]], axis=2)
+            np.concatenate(
+                [cached[:, :, : work.start], outputs[name][:, :, : start - work.start]], axis=2
+            )
             for cached, name in zip(past, (KEYS, VALUES), strict=True)
         )
         scores = [outputs[SCORES][0]]
-        for part in list(_parts(self._graph, self._arrays(work, n), at_once))[1:]:
+        for part in list(_parts(self._graph, self._arrays(work, start), at_once))[1:]:
             scores.append(self._run([work], [part], past)[SCORES][0])
         return np.concatenate(scores)[: _candidates(work.request)]
 
