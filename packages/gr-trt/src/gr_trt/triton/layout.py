@@ -12,9 +12,9 @@ representation, C candidates, H heads, K items found.
 |---|---|---|
 | ``request`` | client → features | text (B, 1), JSON |
 | the inputs of the graph | features → engine | as the model says |
-| ``sizes`` | features → engine ``python`` | int64 (B, 2 + A): K, tokens, length of each axis |
-| ``state`` | features → answer | text (B, 1), JSON, see `State` |
-| ``items`` | features → answer | int64 (B, N): excluded items, or candidates; 0 is none |
+| ``request_sizes`` | features → engine ``python`` | int64 (B, 2 + A): K, tokens, lengths of axes |
+| ``request_state`` | features → answer | text (B, 1), JSON, see `State` |
+| ``request_items`` | features → answer | int64 (B, N): excluded items, or candidates; 0 is none |
 | ``user`` | engine ``onnxruntime``, ``tensorrt`` → answer | (B, D) |
 | ``scores`` | engine → answer | float32 (B, K), or (B, C, H) |
 | ``indices`` | engine ``python`` → answer | int64 (B, K): items found; 0 is none |
@@ -46,7 +46,8 @@ REPORT = "report.json"
 FORMAT_VERSION = 1
 
 REQUEST, ANSWER = "request", "answer"
-SIZES, STATE, ITEMS = "sizes", "state", "items"
+SIZES, STATE, ITEMS = "request_sizes", "request_state", "request_items"
+"""Named so that no input of a model is called the same."""
 SCORES, INDICES = "scores", "indices"
 STEPS = ("features", "engine", "answer")
 
@@ -114,7 +115,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What the answer has to know of a request besides its ``items``."""
+    """What the answer has to know of a request besides its ``request_items``."""
 
     k: int
     request_id: str
@@ -168,7 +169,7 @@ def step_inputs(model: Model, task: Task) -> Sequence[ArraySpec]:
 
 
 def axes_of(specs: Sequence[ArraySpec]) -> Sequence[str]:
-    """Jagged axes in the order of ``sizes``."""
+    """Jagged axes in the order of ``request_sizes``."""
     return list(dict.fromkeys(a for spec in specs for a in spec.axes if isinstance(a, str)))
 
 

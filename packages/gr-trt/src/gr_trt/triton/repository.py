@@ -21,7 +21,6 @@ import numpy.typing as npt
 
 from gr_core.contracts import Model
 from gr_core.errors import BundleError, PlanError
-from gr_core.samples import for_task, sample_requests
 from gr_core.types import Task
 from gr_trt.ensemble import FILE, Ensemble, Role
 from gr_trt.triton.config import FILES, WarmUp, Wiring, ensemble_config, step_config
@@ -30,8 +29,10 @@ from gr_trt.triton.layout import (
     ARTIFACT,
     BUNDLE,
     CONFIG,
+    ITEMS,
     REPORT,
     REQUEST,
+    STATE,
     STEPS,
     WARM_UP,
     Names,
@@ -48,7 +49,7 @@ from gr_trt.triton.layout import (
 from gr_trt.triton.loading import load_features
 from gr_trt.triton.options import ONNXRUNTIME, PYTHON, TENSORRT, RepositoryOptions
 from gr_trt.triton.plans import Plan, longest, plan_for
-from gr_trt.triton.requests import request_text
+from gr_trt.triton.samples import sample_rows
 
 _CLASSES = {"features": "FeaturesModel", "engine": "EngineModel", "answer": "AnswerModel"}
 
@@ -193,17 +194,17 @@ def _warm_ups(
     options: RepositoryOptions,
 ) -> Mapping[str, Sequence[WarmUp]]:
     """A sample request for each step, alone and in the largest batch; writes their files."""
-    (sample,) = sample_requests(model, 1)
-    text = request_text(for_task(sample, wiring.task))
-    features = load_features(out_dir / names.step("features") / str(version), model)
+    folder = out_dir / names.step("features") / str(version)
+    features = load_features(folder, model)
+    ((text, row),) = sample_rows(features, model, wiring.task, Step.read(folder).longest, 1)
     given: dict[str, Array] = {REQUEST: np.array([[text]], np.object_)}
-    made = features.tensors([features.row(text)])
+    made = features.tensors([row])
     ports = {port.name: port for port in wiring.features}
-    engine = {name: made[name] for name in ports if name not in ("state", "items")}
-    answer = {name: made[name] for name in ("state", "items")}
+    engine = {name: made[name] for name in ports if name not in (STATE, ITEMS)}
+    answer = {name: made[name] for name in (STATE, ITEMS)}
     length = {port.name: _zero_shape(port) for port in wiring.outputs}
     if wiring.task is Task.RANK:
-        length = {name: (made["items"].shape[1], *shape[1:]) for name, shape in length.items()}
+        length = {name: (made[ITEMS].shape[1], *shape[1:]) for name, shape in length.items()}
     found = {}
     for step, arrays, zeros in (
         ("features", given, {}),

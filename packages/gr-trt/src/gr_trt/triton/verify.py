@@ -17,14 +17,13 @@ import numpy.typing as npt
 from gr_core.collate import collate
 from gr_core.contracts import InferenceResult, Model
 from gr_core.errors import BundleError
-from gr_core.samples import for_task, sample_requests
 from gr_core.steps import USER
 from gr_core.types import FloatArray, Task
 from gr_trt.ensemble import Ensemble, GraphParity, Role
 from gr_trt.onnx_runtime.session import Runtime, Session
 from gr_trt.triton.config import FILES
 from gr_trt.triton.features import Row
-from gr_trt.triton.layout import SCORES, Names, graph_for
+from gr_trt.triton.layout import SCORES, Names, Step, graph_for
 from gr_trt.triton.loading import (
     ENGINE,
     load_answers,
@@ -34,7 +33,7 @@ from gr_trt.triton.loading import (
 )
 from gr_trt.triton.options import ONNXRUNTIME, PYTHON, RepositoryOptions
 from gr_trt.triton.repository import Source
-from gr_trt.triton.requests import request_text
+from gr_trt.triton.samples import sample_rows
 
 Array = npt.NDArray[Any]
 
@@ -71,8 +70,8 @@ def verify(
     answers = load_answers(folders["answer"], model)
     run, runtime = _engine(out_dir / names.step("engine") / str(version), source, task, options)
     tolerance = TOLERANCES[Ensemble.read(source.graphs).dtype]
-    texts = [request_text(for_task(request, task)) for request in sample_requests(model, SAMPLES)]
-    rows = [features.row(text) for text in texts]
+    longest = Step.read(folders["features"]).longest
+    rows = [row for _, row in sample_rows(features, model, task, longest, SAMPLES)]
     calls = [[row] for row in rows] + [rows]
     found = []
     for call in calls:
