@@ -56,7 +56,14 @@ class Features:
 
     def row(self, text: bytes) -> Row:
         """Raises `InvalidRequest`."""
-        request = self._checked(_parsed(text))
+        try:
+            return self._row(self._checked(_parsed(text)))
+        except OverflowError:
+            raise InvalidRequest(
+                [Violation("request", "has a number that does not fit in 64 bits")]
+            ) from None
+
+    def _row(self, request: RecommendRequest) -> Row:
         encoding = self._model.encode(request, self._task)
         encoded = replace(encoding.request, k=request.k)
         unscored: Sequence[int | str] = ()
@@ -76,7 +83,7 @@ class Features:
             request.request_id,
             encoding.unknown_items,
             unscored,
-            {name: float(weight) for name, weight in request.head_weights.items()},
+            request.head_weights,
         )
         return Row(encoded, items, state)
 
@@ -114,6 +121,8 @@ class Features:
         no_numbers = _not_numbers(request)
         found = self._misplaced(request) + no_numbers
         if not no_numbers:
+            weights = {name: float(weight) for name, weight in request.head_weights.items()}
+            request = replace(request, head_weights=weights)
             found += violations_of(request, self._limits)
         if found:
             raise InvalidRequest(found)
@@ -164,10 +173,6 @@ def _parsed(text: bytes) -> RecommendRequest:
         return request_of(json.loads(text))
     except RecursionError:
         raise InvalidRequest([Violation("request", "nested too deeply")]) from None
-    except OverflowError:
-        raise InvalidRequest(
-            [Violation("request", "has an integer that does not fit in 64 bits")]
-        ) from None
     except ValueError as error:
         raise InvalidRequest([Violation("request", f"is not JSON: {error}")]) from None
 
