@@ -61,6 +61,10 @@ def test_sizes_are_rounded_up_by_an_eighth_at_most(size: int) -> None:
     assert round_up({"history": rounded}, PROFILES[0]) == {"history": rounded}
 
 
+def test_an_empty_axis_is_padded() -> None:
+    assert round_up({"history": 0}, PROFILES[0]) == {"history": 1}
+
+
 def test_few_sizes_are_left() -> None:
     sizes = {round_up({"history": size}, PROFILES[0])["history"] for size in range(1, LONG + 1)}
     assert len(sizes) == 16 + 8 * 5

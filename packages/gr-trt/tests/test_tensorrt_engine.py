@@ -10,35 +10,24 @@ import numpy as np
 import pytest
 import torch
 
-from gr_core import EngineDescriptor, ExporterDescriptor, ModelDescriptor, Task
+from gr_core import EngineDescriptor, ExporterDescriptor, Task
 from gr_core.contracts import Artifact, EncodedRequest, EngineOptions, ExportOptions, Model
 from gr_core.errors import BundleError, FailedPrecondition, GrError, PlanError
 from gr_core.plugins.registry import Registry
 from gr_core.repository import Bundle
 from gr_core.samples import for_task, sample_requests
 from gr_core.testing import EngineSuite
-from gr_core.testing.tiny import ARCHITECTURE, TASKS, TinyEngine, tiny_registry, write_tiny_bundle
+from gr_core.testing.tiny import TASKS, TinyEngine, tiny_registry, write_tiny_bundle
 from gr_trt.ensemble import FILE, Ensemble
 from gr_trt.tensorrt.engine import TensorRTEngine
 from gr_trt.tensorrt.exporter import TensorRTExporter
 from gr_trt.tensorrt.plan_file import read_facts
 
-from .tiny_onnx import TinyTorchModel, open_onnx, write_graphs
+from .tiny_onnx import MODEL, TO_ONNX, TinyTorchModel, open_onnx, write_graphs
 
 BUILD = {"target": "sm89", "batches": [1, 4]}
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
-
-
-class TinyOnnxExporter:
-    """numpy → onnx."""
-
-    def export(
-        self, artifact: Artifact, model: Model, out_dir: Path, options: ExportOptions
-    ) -> Artifact:
-        assert isinstance(model, TinyTorchModel)
-        write_graphs(model, out_dir, options.dtype)
-        return Artifact("onnx", out_dir)
 
 
 class PlansAndGraphsExporter:
@@ -72,19 +61,8 @@ class TestEngineOnItsProfiles(EngineSuite):
     @pytest.fixture
     def registry(self) -> Registry:
         return Registry.of(
-            ModelDescriptor(
-                name=ARCHITECTURE,
-                factory=f"{__name__}:TinyTorchModel",
-                tasks=TASKS,
-                formats=("numpy",),
-            ),
-            ExporterDescriptor(
-                name="tiny-onnx",
-                factory=f"{__name__}:TinyOnnxExporter",
-                source="numpy",
-                target="onnx",
-                tasks=TASKS,
-            ),
+            MODEL,
+            TO_ONNX,
             ExporterDescriptor(
                 name="plans",
                 factory=f"{__name__}:PlansAndGraphsExporter",

@@ -22,13 +22,16 @@ from onnx import TensorProto, helper, numpy_helper
 
 from gr_core.contracts import Artifact, ExportOptions
 from gr_core.errors import BundleError, GrError, PlanError
+from gr_core.plugins.registry import Registry
+from gr_core.repository import Bundle
+from gr_core.testing import ExporterSuite, installed
 from gr_core.testing.tiny import write_tiny_bundle
 from gr_trt.ensemble import Ensemble, Tensor
 from gr_trt.tensorrt import plan_cache
 from gr_trt.tensorrt.exporter import TensorRTExporter
 from gr_trt.tensorrt.plan_file import read, read_facts, read_header
 
-from .tiny_onnx import IR, OPSET, TinyTorchModel, finished, one_graph, write_graphs
+from .tiny_onnx import IR, MODEL, OPSET, TO_ONNX, TinyTorchModel, finished, one_graph, write_graphs
 
 X = Tensor("x", "float32", ("history", 16))
 Y = Tensor("y", "float32", ("history", 16))
@@ -51,6 +54,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> TinyTorchModel:
 def source(model: TinyTorchModel, tmp_path: Path) -> Path:
     write_graphs(model, tmp_path / "onnx")
     return tmp_path / "onnx"
+
+
+class TestExporter(ExporterSuite):
+    """Graphs written by hand, plans for another machine."""
+
+    exporter = "tensorrt"
+    options = {"target": "sm89"}  # noqa: RUF012
+
+    @pytest.fixture
+    def bundle(self, tmp_path: Path) -> Bundle:
+        return write_tiny_bundle(tmp_path)
+
+    @pytest.fixture
+    def registry(self) -> Registry:
+        return Registry.of(MODEL, TO_ONNX, installed().exporters["tensorrt"])
 
 
 def export(source: Path, model: TinyTorchModel, *, name: str = "out", **options: object) -> Path:
@@ -424,9 +442,9 @@ def test_wrong_options(
 ) -> None:
     if options.get("library") == "tensorrt":
         pytest.importorskip("tensorrt_rtx")
-        from gr_trt.tensorrt.library import installed
+        from gr_trt.tensorrt import library
 
-        if "tensorrt" in installed():
+        if "tensorrt" in library.installed():
             pytest.skip("tensorrt is installed here")
     assert words in refusal(source, model, **options)
 

@@ -16,10 +16,10 @@ import onnxruntime
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from gr_core import Task
-from gr_core.contracts import EngineOptions, Model
+from gr_core import ExporterDescriptor, ModelDescriptor, Task
+from gr_core.contracts import Artifact, EngineOptions, ExportOptions, Model
 from gr_core.repository import Bundle
-from gr_core.testing.tiny import DECAY, TASKS, TinyModel
+from gr_core.testing.tiny import ARCHITECTURE, DECAY, TASKS, TinyModel
 from gr_trt.ensemble import Ensemble, Graph, Lengths, Role, Tensor
 from gr_trt.tensorrt.options import TensorRTOptions
 from gr_trt.tensorrt.profiles import Profile
@@ -44,6 +44,29 @@ class TinyTorchModel(TinyModel):
 
     def item_table(self) -> Any:
         return torch.from_numpy(self.vectors)
+
+
+class TinyOnnxExporter:
+    """numpy → onnx."""
+
+    def export(
+        self, artifact: Artifact, model: Model, out_dir: Path, options: ExportOptions
+    ) -> Artifact:
+        assert isinstance(model, TinyTorchModel)
+        write_graphs(model, out_dir, options.dtype)
+        return Artifact("onnx", out_dir)
+
+
+MODEL = ModelDescriptor(
+    name=ARCHITECTURE, factory=f"{__name__}:TinyTorchModel", tasks=TASKS, formats=("numpy",)
+)
+TO_ONNX = ExporterDescriptor(
+    name="tiny-onnx",
+    factory=f"{__name__}:TinyOnnxExporter",
+    source="numpy",
+    target="onnx",
+    tasks=TASKS,
+)
 
 
 def tiny_graph(vectors: np.ndarray, task: Task, dtype: str = "float32") -> onnx.ModelProto:
@@ -228,7 +251,3 @@ def open_onnx(
 
     _, facts = plan_file.read(folder / graph.file)
     return OnnxRunner(folder / f"{graph.name}.onnx", facts.profiles)
-
-
-def loaded(bundle: Bundle) -> Model:
-    return TinyTorchModel(bundle)

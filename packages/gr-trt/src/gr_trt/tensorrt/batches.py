@@ -98,6 +98,7 @@ def _larger(one: Sizes, other: Sizes) -> dict[str, int]:
 
 def rounded_up(size: int, within: Range) -> int:
     """To eighths of a power of two: 1 to 16 as they are, 17 to 18, 33 to 36, 65 to 72, …"""
+    size = max(size, within.least)
     step = 1 << max(0, (size - 1).bit_length() - 4)
     return min(-(-size // step) * step, within.most)
 
