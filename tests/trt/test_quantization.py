@@ -174,13 +174,12 @@ def test_calibration_from_a_file(shipped: HSTUModel, graphs: Path, tmp_path: Pat
 def test_a_model_without_labels_whose_weights_lie_beside_its_graphs(tmp_path: Path) -> None:
     """For a GPU: symmetric, with float biases; the graphs go on sharing one file of weights."""
     model = load(write(tmp_path / "models", "ranking"))
-    source = exported(model, tmp_path / "float32", inline_bytes=0)
-    assert (source / "weights.bin").exists()
     out = tmp_path / "int8"
     out.mkdir()
-    made = quantize_ensemble(
-        source, out, model, QuantizationOptions(max_error=0.2, min_overlap=0.7), device="cuda"
-    )
+    bounds = {"inline_bytes": 0, "max_error": 0.2, "min_overlap": 0.7}
+    options = ExportOptions(dtype="int8", extra={**bounds, "target": "sm89"})
+    OnnxExporter().export(Artifact("torch", model.bundle.path), model, out, options)
+    made = Ensemble.read(out)
     quality = made.notes["int8"]["quality"]["rank"]
     assert made.notes["int8"]["activations"] == "int8"
     assert (quality["labelled"], quality["requests"]) == (False, 64)

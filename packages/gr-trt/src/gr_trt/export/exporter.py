@@ -53,7 +53,9 @@ class OnnxExporter:
         quantization = own_options(QuantizationOptions, options.extra, "exporter onnx")
         with tempfile.TemporaryDirectory(prefix="gr-onnx-") as scratch:
             _export(model, Path(scratch), "float32", own)
-            quantize_ensemble(Path(scratch), out_dir, model, quantization, device=options.device)
+            # Plans for a target are of another machine than the one that exports.
+            device = "cuda" if "target" in options.extra else options.device
+            quantize_ensemble(Path(scratch), out_dir, model, quantization, device=device)
         return Artifact("onnx", out_dir)
 
 

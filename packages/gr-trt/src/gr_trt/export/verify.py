@@ -21,8 +21,13 @@ GROUPS = (1, 2, 3)
 """Sizes of the batches that the examples are compared in, the last again and again."""
 
 
-def verify(file: Path, source: Source, dtype: str) -> GraphParity:
-    """Runs both on batches of several shapes; raises `GrError` where they differ."""
+def verify(
+    file: Path, source: Source, dtype: str, *, tolerance: float | None = None
+) -> GraphParity:
+    """Runs both on batches of several shapes; raises `GrError` where they differ.
+
+    By more than ``tolerance``, that is; None is what `gr_core.parity` allows the precision.
+    """
     import onnxruntime as ort
 
     session, runtime = _session(file, dtype)
@@ -43,12 +48,13 @@ def verify(file: Path, source: Source, dtype: str) -> GraphParity:
             found = (found[0], found[0])
         for tensor, one, other in zip(source.outputs, found, right, strict=True):
             worst = max(worst, _error(source, tensor, group, one, other))
-    if not worst <= TOLERANCE[dtype]:
+    allowed = TOLERANCE[dtype] if tolerance is None else tolerance
+    if not worst <= allowed:
         raise GrError(
             f"{source.name}: the graph in {dtype} differs from torch by {worst:.2g} of the largest "
-            f"magnitude, more than {TOLERANCE[dtype]:g}, at {'; '.join(shapes)}"
+            f"magnitude, more than {allowed:g}, at {'; '.join(shapes)}"
         )
-    return GraphParity(tuple(shapes), worst, TOLERANCE[dtype], runtime)
+    return GraphParity(tuple(shapes), worst, allowed, runtime)
 
 
 def _groups(examples: Sequence[Arrays]) -> list[Sequence[Arrays]]:
