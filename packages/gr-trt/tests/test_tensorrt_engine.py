@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -22,8 +24,17 @@ from gr_trt.ensemble import FILE, Ensemble
 from gr_trt.tensorrt.engine import TensorRTEngine
 from gr_trt.tensorrt.exporter import TensorRTExporter
 from gr_trt.tensorrt.plan_file import read_facts
+from gr_trt.tensorrt.verify import verify
 
-from .tiny_onnx import MODEL, TO_ONNX, TinyTorchModel, open_onnx, write_graphs
+from .tiny_onnx import (
+    MODEL,
+    TO_ONNX,
+    OnnxRunner,
+    TinyTorchModel,
+    open_onnx,
+    tiny_graph,
+    write_graphs,
+)
 
 BUILD = {"target": "sm89", "batches": [1, 4]}
 
@@ -305,3 +316,27 @@ def test_samples_are_scored(model: TinyTorchModel, plans: Artifact) -> None:
     engine.close()
     engine.close()
     assert not engine.health().ok
+
+
+# ── Plans against torch, as the exporter compares them on a GPU ───────────────────────────────
+
+
+def test_plans_that_agree_with_torch(model: TinyTorchModel, plans: Artifact) -> None:
+    opened: list[OnnxRunner] = []
+
+    def remember(*given: Any) -> OnnxRunner:
+        opened.append(open_onnx(*given))
+        return opened[-1]
+
+    verify(plans.path, Ensemble.read(plans.path), model, "cpu", remember)
+    assert [max(shape["batch"] for shape in runner.shapes) for runner in opened] == [4, 4]
+
+
+@pytest.mark.parametrize("factor", [1.01, np.nan])
+def test_plans_that_do_not_are_not_given_away(
+    factor: float, model: TinyTorchModel, copied: Artifact
+) -> None:
+    spoiled = model.vectors * np.float32(factor)
+    onnx.save(tiny_graph(spoiled, Task.RANK), copied.path / "rank.onnx")
+    with pytest.raises(GrError, match=r"rank\.plan: its answers differ from torch by"):
+        verify(copied.path, Ensemble.read(copied.path), model, "cpu", open_onnx)

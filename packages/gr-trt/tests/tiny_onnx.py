@@ -37,13 +37,30 @@ IR = 10
 
 
 class TinyTorchModel(TinyModel):
-    """With a table of items that torch can search."""
+    """Implements `gr_core.contracts.TorchModel`."""
 
     def module(self, task: Task) -> Any:
-        raise NotImplementedError
+        return TinyModule(torch.from_numpy(self.vectors))
 
     def item_table(self) -> Any:
         return torch.from_numpy(self.vectors)
+
+
+class TinyModule(torch.nn.Module):
+    def __init__(self, vectors: torch.Tensor) -> None:
+        super().__init__()
+        self.vectors = vectors
+
+    def forward(
+        self, items: torch.Tensor, length: torch.Tensor, candidates: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        ages_BH = length[:, None] - 1 - torch.arange(items.shape[1])
+        weights_BH = torch.where(ages_BH >= 0, DECAY ** ages_BH.clamp(min=0), 0.0)
+        users_BD = torch.einsum("bh,bhd->bd", weights_BH.float(), self.vectors[items])
+        if candidates is None:
+            return users_BD
+        scores_BC = torch.einsum("bcd,bd->bc", self.vectors[candidates], users_BD)
+        return torch.stack([scores_BC, scores_BC / 2], dim=2)
 
 
 class TinyOnnxExporter:

@@ -138,21 +138,25 @@ def _interruptible(network: Network, config: Any, monitor: Any) -> Any:
     """Builds in a thread of its own, so that this one hears of Ctrl-C while TensorRT works."""
     plans: list[Any] = []
     failures: list[BaseException] = []
+    done = threading.Event()
 
     def work() -> None:
         try:
             plans.append(network.builder.build_serialized_network(network.definition, config))
         except BaseException as error:  # is raised again where it can be handled
             failures.append(error)
+        finally:
+            done.set()
 
-    worker = threading.Thread(target=work, name="tensorrt-build")
-    worker.start()
+    threading.Thread(target=work, name="tensorrt-build").start()
     try:
-        while worker.is_alive():
-            worker.join(0.1)
+        # An interrupted Thread.join() takes a thread that still works for one that has ended.
+        while not done.wait(0.1):
+            pass
     except BaseException:
+        logger.warning("interrupted; TensorRT stops at its next step")
         monitor.stop()
-        worker.join()
+        done.wait()
         raise
     if failures:
         raise failures[0]

@@ -8,8 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -34,45 +33,15 @@ from gr_trt.onnx_runtime.pages import BLOCK_TOKENS, Pages
 from gr_trt.onnx_runtime.passes import Pass, Stepped
 from gr_trt.onnx_runtime.session import NUMPY_DTYPES
 from gr_trt.options import own_options
-from gr_trt.tensorrt import plan_file
-from gr_trt.tensorrt.library import Library, current_target, load
-from gr_trt.tensorrt.options import AUTO, TensorRTOptions
+from gr_trt.tensorrt.options import TensorRTOptions
 from gr_trt.tensorrt.passes import PlanSession, ProfileLimits, SinglePass
-from gr_trt.tensorrt.plan_file import PlanFacts
-from gr_trt.tensorrt.runner import OpenPlan, PlanRunner, Runner
+from gr_trt.tensorrt.runner import OpenGraph, Runner, open_plan
 from gr_trt.tensorrt.top_k import TopK
 
 logger = logging.getLogger(__name__)
 
-OpenGraph = Callable[[Path, Graph, EngineOptions, TensorRTOptions], Runner]
-"""Makes a graph of a folder ready to run."""
-
 _REPEATED = 3
 """Runs of a shape until its CUDA graph is recorded and replayed."""
-
-
-def open_plan(folder: Path, graph: Graph, options: EngineOptions, own: TensorRTOptions) -> Runner:
-    """Checks a plan and loads it to the GPU.
-
-    Raises `BundleError` for a plan that is damaged, or of another version or GPU, `PlanError`
-    where there is no GPU or no library for it.
-    """
-    path = folder / graph.file
-    content, facts = plan_file.read(path)
-    library = _library(path, facts, own)
-    capability, _ = current_target(options.device)
-    plan_file.check(path, facts, library.name, library.version, capability)
-    given = OpenPlan(library, path, content, facts, graph, options.device, capability, own)
-    return PlanRunner(given)
-
-
-def _library(path: Path, facts: PlanFacts, own: TensorRTOptions) -> Library:
-    try:
-        return load(facts.library if own.library == AUTO else own.library)
-    except PlanError as error:
-        raise BundleError(
-            f"{path}: was built by {facts.library} {facts.version}; {error}"
-        ) from None
 
 
 class TensorRTEngine:

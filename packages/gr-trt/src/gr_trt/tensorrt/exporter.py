@@ -6,9 +6,12 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from gr_core.contracts import Artifact, ExportOptions, Model
 from gr_core.errors import BundleError, PlanError
@@ -23,6 +26,8 @@ from gr_trt.tensorrt.options import CURRENT, BuildOptions
 from gr_trt.tensorrt.plan_file import PlanFacts
 from gr_trt.tensorrt.profiles import BATCH, Profile, distinct, profiles, shrunk
 from gr_trt.tensorrt.refit import refit
+from gr_trt.tensorrt.runner import open_plan
+from gr_trt.tensorrt.verify import verify
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +47,10 @@ class _Goal:
     """Compute capabilities."""
     asked: tuple[str, ...]
     """The same, or ``current``."""
+    gpu: str
+    """This machine's GPU, e.g. ``cuda:0``, where it is built for that."""
     device: str
-    """Name of this machine's GPU where it is built for that."""
+    """Name of that GPU."""
     options: BuildOptions
 
 
@@ -54,13 +61,14 @@ class TensorRTExporter:
         self, artifact: Artifact, model: Model, out_dir: Path, options: ExportOptions
     ) -> Artifact:
         own = own_options(BuildOptions, options.extra, "exporter tensorrt")
-        goal = _goal(own)
+        goal = _goal(own, options.device)
         ensemble = Ensemble.read(artifact.path)
         began = time.monotonic()
         made: list[Graph] = []
         notes: dict[str, Any] = {}
         for graph in ensemble.graphs:
-            plan, facts = _plan(graph, artifact.path / graph.file, ensemble, goal)
+            with torch.cuda.device(goal.gpu) if goal.gpu else nullcontext():
+                plan, facts = _plan(graph, artifact.path / graph.file, ensemble, goal)
             file = f"{Path(graph.file).stem}{plan_file.SUFFIX}"
             plan_file.write(out_dir / file, plan, facts)
             plan_file.read(out_dir / file)
@@ -77,22 +85,26 @@ class TensorRTExporter:
             "graphs": notes,
         }
         all_notes = {**ensemble.notes, "tensorrt": summary}
-        replace(ensemble, graphs=tuple(made), notes=all_notes).write(out_dir)
+        plans = replace(ensemble, graphs=tuple(made), notes=all_notes)
+        plans.write(out_dir)
+        if goal.gpu:
+            verify(out_dir, plans, model, goal.gpu, open_plan)
         return Artifact("tensorrt", out_dir)
 
 
-def _goal(options: BuildOptions) -> _Goal:
+def _goal(options: BuildOptions, device: str) -> _Goal:
     asked = options.targets
     library = choose(options.library, asked)
     if list(asked) == [CURRENT]:
-        capability, device = current_target()
+        gpu = device if device.startswith("cuda") else "cuda"
+        capability, title = current_target(gpu)
         if library.targets and capability not in library.targets:
             raise PlanError(
-                f"target: {library.label} has no kernels for {device} ({capability}), only for "
+                f"target: {library.label} has no kernels for {title} ({capability}), only for "
                 f"{', '.join(library.targets)}; install tensorrt (gr-trt[tensorrt])"
             )
-        return _Goal(library, (capability,), asked, device, options)
-    return _Goal(library, asked, asked, "", options)
+        return _Goal(library, (capability,), asked, gpu, title, options)
+    return _Goal(library, asked, asked, "", "", options)
 
 
 def _plan(

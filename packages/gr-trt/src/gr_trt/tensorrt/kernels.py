@@ -52,7 +52,10 @@ class KernelCache:
         return config
 
     def save(self) -> None:
-        """Keeps what was compiled. A cache that cannot be written to is no reason to fail."""
+        """Keeps what was compiled. A cache that cannot be written to is no reason to fail.
+
+        The object itself has to outlive the contexts made with it, which do not hold it.
+        """
         if self._cache is None:
             return
         try:
@@ -60,4 +63,3 @@ class KernelCache:
             write_atomically(self._path, memoryview(self._cache.serialize()).cast("B"))
         except (GrError, OSError) as error:
             logger.warning("compiled kernels are not kept: %s", error)
-        self._cache = None

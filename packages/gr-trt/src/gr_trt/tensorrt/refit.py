@@ -25,9 +25,14 @@ def refit(library: Library, plan: bytes, graph: Path) -> bytes | None:
         return None
     refitter = trt.Refitter(engine, log)
     parser = trt.OnnxParserRefitter(refitter, log)
-    if not parser.refit_from_file(str(graph)) or not refitter.refit_cuda_engine():
-        missing = ", ".join(refitter.get_missing_weights()[:3])
-        logger.info("%s: not refitted, %s %s", graph.name, log.last_error(), missing)
+    if not parser.refit_from_file(str(graph)):
+        logger.info("%s: not refitted: %s", graph.name, log.last_error())
+        return None
+    if missing := list(refitter.get_missing_weights()):
+        logger.info("%s: not refitted, without weights: %s", graph.name, ", ".join(missing[:3]))
+        return None
+    if not refitter.refit_cuda_engine():
+        logger.info("%s: not refitted: %s", graph.name, log.last_error())
         return None
     config = engine.create_serialization_config()
     # Without it the weights that were refitted would be left out.

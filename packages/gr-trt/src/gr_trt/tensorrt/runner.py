@@ -8,7 +8,7 @@ the outputs.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,14 +16,15 @@ from typing import Any, Protocol
 import numpy.typing as npt
 import torch
 
-from gr_core.errors import BundleError, GrError
+from gr_core.contracts import EngineOptions
+from gr_core.errors import BundleError, GrError, PlanError
 from gr_trt.ensemble import Graph
-from gr_trt.tensorrt import buffers
+from gr_trt.tensorrt import buffers, plan_file
 from gr_trt.tensorrt.buffers import Layout, layout
 from gr_trt.tensorrt.kernels import KernelCache
-from gr_trt.tensorrt.library import Library
+from gr_trt.tensorrt.library import Library, current_target, load
 from gr_trt.tensorrt.messages import make_log
-from gr_trt.tensorrt.options import TensorRTOptions
+from gr_trt.tensorrt.options import AUTO, TensorRTOptions
 from gr_trt.tensorrt.plan_file import PlanFacts
 from gr_trt.tensorrt.profiles import Profile
 from gr_trt.tensorrt.slots import Slots, Step
@@ -54,6 +55,33 @@ class Runner(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+OpenGraph = Callable[[Path, Graph, EngineOptions, TensorRTOptions], Runner]
+"""Makes a graph of a folder ready to run."""
+
+
+def open_plan(folder: Path, graph: Graph, options: EngineOptions, own: TensorRTOptions) -> Runner:
+    """Checks a plan and loads it to the GPU.
+
+    Raises `BundleError` for a plan that is damaged, or of another version or GPU, `PlanError`
+    where there is no GPU or no library for it.
+    """
+    path = folder / graph.file
+    content, facts = plan_file.read(path)
+    library = _library(path, facts, own)
+    capability, _ = current_target(options.device)
+    plan_file.check(path, facts, library.name, library.version, capability)
+    given = OpenPlan(library, path, content, facts, graph, options.device, capability, own)
+    return PlanRunner(given)
+
+
+def _library(path: Path, facts: PlanFacts, own: TensorRTOptions) -> Library:
+    try:
+        return load(facts.library if own.library == AUTO else own.library)
+    except PlanError as error:
+        built = f"was built by {facts.library} {facts.version}"
+        raise BundleError(f"{path}: {built}; {error}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +144,11 @@ class PlanRunner:
         return run
 
     def close(self) -> None:
+        if self._engine is None:
+            return
         self._kernels.save()
         self._started = []
-        # A context must not outlive its engine.
+        # In this order: a context must not outlive its engine, nor what it was made with.
         self._contexts = []
         self._engine = None
         self._runtime = None
