@@ -13,6 +13,7 @@ import onnx
 import pytest
 
 from gr_core import Task
+from gr_core.artifacts import materialize
 from gr_core.contracts import (
     Artifact,
     Cache,
@@ -22,8 +23,11 @@ from gr_core.contracts import (
 )
 from gr_core.errors import BundleError, GrError, PlanError
 from gr_core.parity import TOLERANCE
+from gr_core.planner import plan
 from gr_core.repository import Bundle
+from gr_core.repository.bundle import atomic_folder
 from gr_core.testing import EngineSuite, ExporterSuite, PluginSuite
+from gr_core.testing.suite import installed
 from gr_hstu.model import HSTUModel
 from gr_hstu.testing import CASES, CONFIGS, KINDS, Users, a_request, encode, load, write
 from gr_kernels.cache.paged import PagedCache
@@ -72,14 +76,12 @@ class TestEngineInFloat16(EngineSuite):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The float32 graphs of each kind of model, whose bundles lie beside."""
+    """The float32 graphs of each kind of model, as the engine gets them."""
     made = {}
     for kind in KINDS:
-        base = tmp_path_factory.mktemp(kind)
-        model = load(write(base, kind))
-        made[kind] = base / "graphs"
-        made[kind].mkdir()
-        export(model, made[kind])
+        model = load(write(tmp_path_factory.mktemp(kind), kind))
+        chosen = plan(installed(), model.bundle.architecture, Task.RANK, strategy="onnxruntime")
+        made[kind] = materialize(chosen, model, None, {}).path
     return made
 
 
@@ -89,9 +91,9 @@ def export(model: HSTUModel, out: Path, dtype: str = "float32", **extra: Any) ->
     return Ensemble.read(out)
 
 
-def model_of(folder: Path) -> HSTUModel:
-    (kind,) = [path for path in folder.parent.iterdir() if path != folder]
-    return load(Bundle.open(kind / "1"))
+@pytest.fixture
+def models(tmp_path: Path) -> dict[str, HSTUModel]:
+    return {kind: load(write(tmp_path / "models", kind)) for kind in KINDS}
 
 
 def engine_of(
@@ -120,9 +122,11 @@ def test_a_folder_has_every_graph(folders: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_graphs_say_what_they_are(folders: dict[str, Path], kind: str) -> None:
+def test_graphs_say_what_they_are(
+    folders: dict[str, Path], models: dict[str, HSTUModel], kind: str
+) -> None:
     ensemble = Ensemble.read(folders[kind])
-    model = model_of(folders[kind])
+    model = models[kind]
     assert ensemble.identity == model.bundle.identity.hex()
     assert ensemble.axes["history"].maximum == model.schema.max_history
     for graph in ensemble.graphs:
@@ -150,11 +154,13 @@ def test_graphs_say_what_they_are(folders: dict[str, Path], kind: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("research", "float16"), ("mtgr", "bfloat16")])
-def test_other_precisions(folders: dict[str, Path], tmp_path: Path, kind: str, dtype: str) -> None:
+def test_other_precisions(
+    folders: dict[str, Path], models: dict[str, HSTUModel], tmp_path: Path, kind: str, dtype: str
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
     task = "retrieve" if kind == "research" else "rank"
-    ensemble = export(model_of(folders[kind]), out, dtype, tasks=[task])
+    ensemble = export(models[kind], out, dtype, tasks=[task])
     wide = sum(f.stat().st_size for f in folders[kind].glob(f"{task}*.onnx"))
     narrow = sum(f.stat().st_size for f in out.glob(f"{task}*.onnx"))
     assert narrow < wide
@@ -163,8 +169,10 @@ def test_other_precisions(folders: dict[str, Path], tmp_path: Path, kind: str, d
         assert 0 < graph.parity.max_error <= TOLERANCE[dtype]
 
 
-def test_large_weights_lie_once_beside_the_graphs(folders: dict[str, Path], tmp_path: Path) -> None:
-    model = model_of(folders["ranking"])
+def test_large_weights_lie_once_beside_the_graphs(
+    folders: dict[str, Path], models: dict[str, HSTUModel], tmp_path: Path
+) -> None:
+    model = models["ranking"]
     out = tmp_path / "out"
     out.mkdir()
     export(model, out, inline_bytes=0)
@@ -178,19 +186,21 @@ def test_large_weights_lie_once_beside_the_graphs(folders: dict[str, Path], tmp_
 
 
 def test_a_graph_that_fails_parity_is_not_left_behind(
-    tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    models: dict[str, HSTUModel], tmp_path: Path
 ) -> None:
-    """Here float16 overflows: the exporter raises, and its caller throws the folder away."""
-    model = model_of(folders["ranking"])
+    """Here float16 overflows."""
+    model = models["ranking"]
     module = model.module(Task.RANK)
-    with monkeypatch.context() as patch:
-        patch.setitem(TOLERANCE, "float16", 1e-9)
-        out = tmp_path / "out"
-        out.mkdir()
-        with pytest.raises(GrError, match="rank: the graph in float16 differs from torch by"):
-            export(model, out, "float16")
-        assert not (out / "ensemble.json").exists()
-    assert module is model.module(Task.RANK)
+    module.item_mlp.hidden.weight.data.mul_(1e6)
+    module.heads.output.weight.data.mul_(1e6)
+    out = tmp_path / "out"
+    with (
+        pytest.raises(GrError, match="rank: the graph in float16 differs from torch by"),
+        atomic_folder(out) as partial,
+    ):
+        export(model, partial, "float16")
+    assert not out.exists()
+    assert not list(tmp_path.glob(".out*")), "nothing half done is left behind"
 
 
 @pytest.mark.parametrize(
@@ -204,11 +214,17 @@ def test_a_graph_that_fails_parity_is_not_left_behind(
     ],
 )
 def test_what_an_export_cannot_do(
-    folders: dict[str, Path], tmp_path: Path, dtype: str, extra: dict[str, Any], message: str
+    models: dict[str, HSTUModel],
+    tmp_path: Path,
+    dtype: str,
+    extra: dict[str, Any],
+    message: str,
 ) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
     with pytest.raises(PlanError, match=message):
-        export(model_of(folders["ranking"]), tmp_path, dtype, **extra)
-    assert not list(tmp_path.iterdir())
+        export(models["ranking"], out, dtype, **extra)
+    assert not list(out.iterdir())
 
 
 def test_a_model_that_does_not_go_in_steps_runs_in_one_pass(tmp_path: Path) -> None:
@@ -243,10 +259,12 @@ def assert_close(
 
 
 @pytest.mark.parametrize(("kind", "task"), CASES)
-def test_reuse_under_fire(folders: dict[str, Path], kind: str, task: Task) -> None:
+def test_reuse_under_fire(
+    folders: dict[str, Path], models: dict[str, HSTUModel], kind: str, task: Task
+) -> None:
     """Users whose histories grow, change and are cut, behind a tiny cache, and without any."""
     folder = folders[kind]
-    model = model_of(folder)
+    model = models[kind]
     fresh = engine_of(model, folder)
     cache = PagedCache(3 << 16)
     cached = engine_of(model, folder, cache)
@@ -267,9 +285,11 @@ def test_reuse_under_fire(folders: dict[str, Path], kind: str, task: Task) -> No
 
 
 @pytest.mark.parametrize("kind", ["ranking", "mtgr"])
-def test_many_candidates_are_scored_in_several_runs(folders: dict[str, Path], kind: str) -> None:
+def test_many_candidates_are_scored_in_several_runs(
+    folders: dict[str, Path], models: dict[str, HSTUModel], kind: str
+) -> None:
     """More scores than the workspace holds: the history once, then candidates piece by piece."""
-    model = model_of(folders[kind])
+    model = models[kind]
     candidates = [1000 + i % 60 for i in range(3000)]
     batch = [encode(model, Task.RANK, a_request(length=24, candidates=candidates))]
     whole = engine_of(model, folders[kind]).infer(batch)
@@ -284,23 +304,27 @@ def test_many_candidates_are_scored_in_several_runs(folders: dict[str, Path], ki
     assert_close(again, whole)
 
 
-def test_reuse_can_be_left_off(folders: dict[str, Path]) -> None:
-    model = model_of(folders["ranking"])
+def test_reuse_can_be_left_off(folders: dict[str, Path], models: dict[str, HSTUModel]) -> None:
+    model = models["ranking"]
     cache = PagedCache(1 << 20)
     engine = engine_of(model, folders["ranking"], cache, extra={"reuse": False})
     engine.infer([encode(model, Task.RANK, a_request(length=20))])
     assert cache.statistics().bytes == 0
 
 
-def test_graphs_of_another_model_are_refused(folders: dict[str, Path]) -> None:
+def test_graphs_of_another_model_are_refused(
+    folders: dict[str, Path], models: dict[str, HSTUModel]
+) -> None:
     with pytest.raises(BundleError, match="made of mtgr/1 with other files than ranking/1"):
-        engine_of(model_of(folders["ranking"]), folders["mtgr"])
+        engine_of(models["ranking"], folders["mtgr"])
     with pytest.raises(BundleError, match="made in float32, asked for float16"):
-        engine_of(model_of(folders["mtgr"]), folders["mtgr"], dtype="float16")
+        engine_of(models["mtgr"], folders["mtgr"], dtype="float16")
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "other"])
-def test_damaged_graphs_are_refused(folders: dict[str, Path], tmp_path: Path, damage: str) -> None:
+def test_damaged_graphs_are_refused(
+    folders: dict[str, Path], models: dict[str, HSTUModel], tmp_path: Path, damage: str
+) -> None:
     folder = folders["ranking"]
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -312,9 +336,11 @@ def test_damaged_graphs_are_refused(folders: dict[str, Path], tmp_path: Path, da
     else:
         graph.write_bytes((tmp_path / "rank.onnx").read_bytes())
     with pytest.raises(BundleError, match=r"rank_decode\.onnx: .* export the model again"):
-        engine_of(model_of(folder), tmp_path)
+        engine_of(models["ranking"], tmp_path)
 
 
-def test_a_provider_that_is_not_there(folders: dict[str, Path]) -> None:
+def test_a_provider_that_is_not_there(
+    folders: dict[str, Path], models: dict[str, HSTUModel]
+) -> None:
     with pytest.raises(PlanError, match=r"provider is .NoSuchProvider.; onnxruntime .* has .*CPU"):
-        engine_of(model_of(folders["mtgr"]), folders["mtgr"], extra={"provider": "NoSuchProvider"})
+        engine_of(models["mtgr"], folders["mtgr"], extra={"provider": "NoSuchProvider"})
