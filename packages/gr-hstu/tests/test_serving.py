@@ -270,7 +270,7 @@ async def test_a_model_that_cannot_be_loaded_ends_the_start(tmp_path: Path) -> N
     write(tmp_path, "mtgr")
     for spec, message in (
         (ModelSpec("mtgr", strategy="tensorrt"), "tensorrt"),
-        (ModelSpec("mtgr", dtype="int8"), "int8"),
+        (ModelSpec("mtgr", strategy="baseline", dtype="int8"), "int8"),
         (ModelSpec("mtgr", strategy="baseline", options={"graphs": True}), "no option 'graphs'"),
     ):
         with pytest.raises(PlanError, match=message):
