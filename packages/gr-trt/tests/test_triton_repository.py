@@ -186,6 +186,21 @@ def test_options_reach_the_configuration(
     assert (out / "shop-rank-v12" / "12").is_dir()
 
 
+def test_queues_have_no_policy_unless_it_is_asked_for(
+    graphs: Path, model: TinyTorchModel, tmp_path: Path
+) -> None:
+    out = export(graphs, model, tmp_path / "out")
+    assert not [
+        p
+        for p in out.rglob("config.pbtxt")
+        if "policy" in p.read_text().replace("version_policy", "")
+    ]
+    bounded = export(graphs, model, tmp_path / "bounded", queue_size=5)
+    text = config_of(bounded / "tiny-rank-answer")
+    assert "max_queue_size: 5" in text
+    assert "timeout" not in text
+
+
 def test_a_plan_has_one_profile_for_all_batches(
     graphs: Path, model: TinyTorchModel, tmp_path: Path
 ) -> None:
@@ -288,7 +303,7 @@ def test_an_input_without_elements_is_made_inside(
         ({"preferred_batches": [64]}, "preferred_batches is 64; expected 1 to 32"),
         ({"preferred_batches": 8}, r"preferred_batches is 8; expected a list such as \[8, 32\]"),
         ({"queue_delay_us": -1}, "queue_delay_us is -1; expected 0 to"),
-        ({"queue_timeout_ms": 0.5}, "queue_timeout_ms is 0.5; expected 1 to"),
+        ({"queue_timeout_ms": 0.5}, "queue_timeout_ms is 0.5; expected 0 to"),
         ({"execution_env": 3}, "execution_env is 3; expected a path"),
     ],
 )
@@ -396,7 +411,7 @@ def test_what_does_not_fit_is_refused_and_nothing_changed(repository: Path, tmp_
     for exported, message in (
         (another(tmp_path, "3"), "has version 3 already"),
         (another(tmp_path, "2"), "leads to version 3, newer than what is to be added"),
-        (another(tmp_path, "5", queue_size=7), "says 'max_queue_size: 512' .* 'max_queue_size: 7'"),
+        (another(tmp_path, "5", queue_size=7), "the new version has 'default_queue_policy {'"),
         (another(tmp_path, "6", triton_batch=8), "option triton_name"),
         (tmp_path / "nothing", "no such folder"),
         (tmp_path / "bundles", "not a repository for Triton"),

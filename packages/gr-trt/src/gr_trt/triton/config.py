@@ -145,16 +145,20 @@ def _kind(backend: str, device: str) -> str:
 
 def _batching(options: RepositoryOptions, is_engine: bool) -> dict[str, Any]:
     """Only the engine is worth waiting for others; the other steps batch what is there."""
-    return {
+    batching: dict[str, Any] = {
         "preferred_batch_size": list(options.preferred_batches) if is_engine else [],
         "max_queue_delay_microseconds": options.queue_delay_us if is_engine else 0,
-        "default_queue_policy": {
+    }
+    policy: dict[str, Any] = {}
+    if options.queue_timeout_ms:
+        policy = {
             "timeout_action": Word("REJECT"),
             "default_timeout_microseconds": 1000 * options.queue_timeout_ms,
             "allow_timeout_override": True,
-            "max_queue_size": options.queue_size,
-        },
-    }
+        }
+    if options.queue_size:
+        policy["max_queue_size"] = options.queue_size
+    return {**batching, "default_queue_policy": policy} if policy else batching
 
 
 def _tensors(

@@ -31,10 +31,12 @@ class RepositoryOptions:
     """Batch sizes that are run at once when they are reached."""
     queue_delay_us: int = 500
     """How long a request waits for others to share its batch, microseconds."""
-    queue_size: int = 512
-    """Requests that may wait before each step; one more is refused."""
-    queue_timeout_ms: int = 1000
-    """A request that waited longer is refused; its own timeout may be shorter."""
+    queue_size: int = 0
+    """Requests that may wait before each step, one more is refused; 0 sets no bound, because with
+    one some versions of Triton forget waiting requests for half a second, see docs/triton.md."""
+    queue_timeout_ms: int = 0
+    """A request that waited longer before a step is refused, and its own timeout may be shorter;
+    0 is never, for the same reason."""
     instances: int = 1
     """Of the engine."""
     step_instances: int = 1
@@ -60,8 +62,8 @@ class RepositoryOptions:
         for size in sizes:
             _number("preferred_batches", size, 1, self.triton_batch)
         _number("queue_delay_us", self.queue_delay_us, 0, 10_000_000)
-        _number("queue_size", self.queue_size, 1, 1_000_000)
-        _number("queue_timeout_ms", self.queue_timeout_ms, 1, 3_600_000)
+        _number("queue_size", self.queue_size, 0, 1_000_000)
+        _number("queue_timeout_ms", self.queue_timeout_ms, 0, 3_600_000)
         _number("instances", self.instances, 1, 1024)
         _number("step_instances", self.step_instances, 1, 1024)
         _number("engine_threads", self.engine_threads, 0, 4096)
