@@ -37,25 +37,24 @@ class KernelCache:
             logger.info("%s is damaged; its kernels are compiled again", self._path)
             self._cache.reset()
 
-    def config(self) -> Any:
-        """What a new execution context is to be made with, or None for the library's defaults."""
+    def new_context(self) -> Any:
+        """An execution context with memory for the profile that it is set to, or None."""
+        trt = self._given.library.module
+        memory = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
         if self._cache is None:
-            return None
+            return self._engine.create_execution_context(memory)
         config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(memory)
         config.set_runtime_cache(self._cache)
-        strategies = self._given.library.module.CudaGraphStrategy
         config.cuda_graph_strategy = (
-            strategies.WHOLE_GRAPH_CAPTURE
+            trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             if self._given.options.cuda_graphs
-            else strategies.DISABLED
+            else trt.CudaGraphStrategy.DISABLED
         )
-        return config
+        return self._engine.create_execution_context(config)
 
     def save(self) -> None:
-        """Keeps what was compiled. A cache that cannot be written to is no reason to fail.
-
-        The object itself has to outlive the contexts made with it, which do not hold it.
-        """
+        """Keeps what was compiled. A cache that cannot be written to is no reason to fail."""
         if self._cache is None:
             return
         try:
@@ -63,3 +62,8 @@ class KernelCache:
             write_atomically(self._path, memoryview(self._cache.serialize()).cast("B"))
         except (GrError, OSError) as error:
             logger.warning("compiled kernels are not kept: %s", error)
+
+    def close(self) -> None:
+        """Only once there are no contexts any more: they use the cache without holding it."""
+        self._cache = None
+        self._engine = None

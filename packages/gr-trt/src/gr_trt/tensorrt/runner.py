@@ -118,7 +118,7 @@ class PlanRunner:
             _report(self._engine, given)
             self._kernels = KernelCache(self._engine, given)
             self._contexts = [
-                [_Context(self._engine, self._kernels.config(), i, given) for _ in range(count)]
+                [_Context(self._engine, self._kernels, i, given) for _ in range(count)]
                 for i in range(len(self._profiles))
             ]
 
@@ -150,6 +150,7 @@ class PlanRunner:
         self._started = []
         # In this order: a context must not outlive its engine, nor what it was made with.
         self._contexts = []
+        self._kernels.close()
         self._engine = None
         self._runtime = None
 
@@ -180,15 +181,11 @@ class _Run:
 class _Context:
     """An execution context that stays with one profile, its stream and its memory."""
 
-    def __init__(self, engine: Any, config: Any, index: int, given: OpenPlan) -> None:
+    def __init__(self, engine: Any, kernels: KernelCache, index: int, given: OpenPlan) -> None:
         graph, device, profile = given.graph, given.device, given.facts.profiles[index]
         self._graph = graph
         self._device = device
-        self._context = (
-            engine.create_execution_context(config)
-            if config is not None
-            else engine.create_execution_context()
-        )
+        self._context = kernels.new_context()
         if self._context is None:
             raise GrError(
                 f"plan {graph.file}: no memory for another execution context; use fewer with "
