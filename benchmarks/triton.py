@@ -3,7 +3,7 @@
     nox -s triton -- --bench                  in the environment that has tritonserver
     python benchmarks/triton.py --quick       a short look
 
-Triton serves what `gr export --to triton-repository` writes, with the backend `python`: the
+Triton serves what `gr export --format triton-repository` writes, with the backend `python`: the
 platform's engine onnxruntime in three steps. `gr serve` runs with the strategies `onnxruntime` and
 `auto`. All get the same requests and one thread an engine, and nothing is cached. Answers are
 compared before time is taken. Within a round every side is measured once, one after the other;
@@ -154,8 +154,8 @@ def exported(folder: Path) -> Path:
         subprocess.run(
             [
                 *(sys.executable, "-c", GR, "export", name, "--models", MODELS),
-                *("--to", "triton-repository", "--out", str(out)),
-                *("--option", f'tasks=["{task}"]', "--option", "engine_threads=1"),
+                *("--format", "triton-repository", "--out", str(out)),
+                *("--task", task, "--option", "engine_threads=1"),
             ],
             check=True,
             stdout=sys.stderr,

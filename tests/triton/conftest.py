@@ -63,9 +63,8 @@ def exported(gr: Gr, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, P
     folder = tmp_path_factory.mktemp("exported")
     for name, task in ((RETRIEVAL, "retrieve"), (RANKING, "rank")):
         gr(
-            *("export", name, "--models", BUNDLES, "--to", "triton-repository"),
-            *("--out", str(folder / name), "--option", f'tasks=["{task}"]'),
-            *("--option", "engine_threads=1"),
+            *("export", "--model", name, "--models", BUNDLES, "--format", "triton-repository"),
+            *("--out", str(folder / name), "--task", task, "--option", "engine_threads=1"),
         )
     return {name: folder / name for name in (RETRIEVAL, RANKING)}
 
