@@ -154,10 +154,16 @@ def bench(session: nox.Session) -> None:
     on_workbench(session, "python", "benchmarks/serving.py", *session.posargs)
 
 
-@nox.session(venv_backend="none", requires=["workbench"], default=False)
+@nox.session(default=False)
 def gpu(session: nox.Session) -> None:
-    """The tests that need a CUDA device."""
-    pytest(session, *existing([f"packages/{p}/tests" for p in PACKAGES]), "tests", "-m", "gpu")
+    """The tests that need a CUDA device, then the latency of every engine on it."""
+    install_editable(session, CONSTRAINTS, *test_requirements(PACKAGES))
+    # The same module, built for GPUs; and TensorRT for servers beside that for RTX.
+    session.run("python", "-m", "pip", "uninstall", "--yes", "onnxruntime", silent=True)
+    session.install("onnxruntime-gpu", "tensorrt-cu13")
+    folders = existing([f"packages/{package}/tests" for package in PACKAGES])
+    session.run("python", "-m", "pytest", *folders, "tests", "-m", "gpu", *session.posargs)
+    session.run("python", "benchmarks/engines.py", "--device", "cuda")
 
 
 @nox.session(requires=["workbench"], default=False)

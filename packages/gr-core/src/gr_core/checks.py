@@ -22,6 +22,7 @@ LIBRARIES = (
     "uvloop",
     "triton",
     "tensorrt",
+    "tensorrt_rtx",
     "onnxruntime",
     "vllm",
 )
