@@ -149,3 +149,31 @@ def test_triton_takes_all_but_the_backends_that_are_not_there(
         for step in ("features", "answer"):  # with their warm-ups
             asker.client.load_model(f"onnxruntime-{RETRIEVE}-{step}")
             assert asker.client.is_model_ready(f"onnxruntime-{RETRIEVE}-{step}")
+
+
+def test_a_damaged_step_is_not_loaded_and_says_why(
+    exported: Mapping[str, Path], servers: ModuleType, tmp_path: Path
+) -> None:
+    """Cut off, of another release, and without a file: the message of each, no traceback."""
+    repository = tmp_path / "repository"
+    shutil.copytree(exported[RANKING], repository)
+    catalogue = repository / f"{RANK}-features" / "1" / "bundle" / "catalogue.jsonl"
+    content = catalogue.read_bytes()
+    catalogue.unlink()  # a file of its own instead of a link
+    catalogue.write_bytes(content[:-5])
+    step = repository / f"{RANK}-answer" / "1" / "step.json"
+    step.write_text(step.read_text().replace('version": 1', 'version": 2'))
+    (repository / f"{RANK}-engine" / "1" / "artifact" / "rank.onnx").unlink()
+    wrong = {
+        "features": "catalogue.jsonl: ",
+        "answer": "step.json: not a step of this release of gr-trt",
+        "engine": "rank.onnx: ONNX Runtime ",
+    }
+    options = ("--model-control-mode=explicit", "--exit-on-error=false")
+    with servers.tritonserver(repository, tmp_path, *options) as triton:
+        asker = Asker(triton.grpc)
+        for name, message in wrong.items():
+            with pytest.raises(asker.triton.InferenceServerException) as refused:
+                asker.client.load_model(f"{RANK}-{name}")
+            assert message in str(refused.value)
+            assert "Traceback" not in str(refused.value)
