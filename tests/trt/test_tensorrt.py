@@ -255,16 +255,26 @@ def test_reuse_under_fire(small: Source, tmp_path: Path) -> None:
     cached.close()
 
 
-def test_more_candidates_than_the_profiles(small: Source, tmp_path: Path) -> None:
-    """In steps they are scored in several runs; in a single pass that is not known to be right."""
+@pytest.mark.parametrize("cached", [False, True], ids=["single pass", "in steps"])
+def test_more_candidates_than_the_profiles(cached: bool, small: Source, tmp_path: Path) -> None:
+    """They are scored in several runs, since none sees another."""
     plans = plans_of(small, tmp_path / "plans", max_candidates=16)
-    request = encode(small.model, small.task, a_request(length=9, candidates=50))
-    (right,) = engine_of(small.model).infer([request])
-    (found,) = engine_on(small, plans, PagedCache(1 << 20)).infer([request])
-    np.testing.assert_allclose(found.scores, right.scores, atol=1e-5)
+    batch = [
+        encode(small.model, small.task, a_request(length=9, candidates=count, seed=count))
+        for count in (50, 3, 17)
+    ]
+    engine = engine_on(small, plans, PagedCache(1 << 20) if cached else None)
+    for found, right in zip(engine.infer(batch), engine_of(small.model).infer(batch), strict=True):
+        assert found.scores.shape == right.scores.shape
+        np.testing.assert_allclose(found.scores, right.scores, atol=1e-5)
+
+
+def test_a_longer_history_than_the_profiles(small: Source, tmp_path: Path) -> None:
+    engine = engine_on(small, plans_of(small, tmp_path / "plans", max_history=8))
+    request = encode(small.model, small.task, a_request(length=9))
     with pytest.raises(FailedPrecondition) as error:
-        engine_on(small, plans).infer([request])
-    for words in ("candidate 50", "rank.plan", "batch-32", "candidate 1 to 16"):
+        engine.infer([request])
+    for words in ("history 9", "rank.plan", "batch-32", "history 1 to 8", "max_history=9"):
         assert words in str(error.value)
 
 

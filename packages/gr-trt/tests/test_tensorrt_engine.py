@@ -181,6 +181,14 @@ def test_a_request_beyond_the_profiles(model: TinyTorchModel, plans: Artifact) -
     assert engine.infer(rank_requests([(256, 60)]))[0].scores.shape == (60, 2)
 
 
+def test_more_candidates_than_the_profiles(plans: Artifact, model: TinyTorchModel) -> None:
+    """That no candidate sees another is not known of every model."""
+    engine = make_engine()
+    engine.load(plans, model, [Task.RANK], EngineOptions())
+    with pytest.raises(FailedPrecondition, match=r"candidate 61 .* --option max_candidates=61"):
+        engine.infer(rank_requests([(5, 61)]))
+
+
 # ── What it refuses to load ───────────────────────────────────────────────────────────────────
 
 

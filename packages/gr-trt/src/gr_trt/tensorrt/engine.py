@@ -148,7 +148,9 @@ class TensorRTEngine:
                 f"{', '.join(g.name for g in ensemble.graphs)}; export the model again"
             )
         logger.info("%s: engine tensorrt, %s in a single pass", name, task.value)
-        return SinglePass(self._open(artifact.path, graph, options, own), graph)
+        runner = self._open(artifact.path, graph, options, own)
+        # A decode step is defined for any candidates: those of a request may be computed apart.
+        return SinglePass(runner, graph, independent=isinstance(model, SteppedModel))
 
 
 class _Steps:

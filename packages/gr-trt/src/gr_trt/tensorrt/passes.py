@@ -5,10 +5,11 @@ Shapes: C candidates, D width of a user's representation, O heads of the answer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from gr_core.collate import collate
@@ -24,32 +25,59 @@ from gr_trt.tensorrt.runner import Arrays, Pending, Runner
 
 
 class SinglePass:
-    """Implements `gr_trt.onnx_runtime.passes.Pass`: everything anew for every request."""
+    """Implements `gr_trt.onnx_runtime.passes.Pass`: everything anew for every request.
 
-    def __init__(self, runner: Runner, graph: Graph) -> None:
+    ``independent`` says that no candidate's score depends on the others. Then a request with more
+    of them than the profiles take is computed in several parts.
+    """
+
+    def __init__(self, runner: Runner, graph: Graph, independent: bool = False) -> None:
         self._runner = runner
         self._graph = graph
+        self._independent = independent
 
     def answers(self, batch: Sequence[EncodedRequest]) -> Sequence[Answer]:
         inputs = self._graph.inputs
         profiles = self._runner.profiles
-        sizes = [request_sizes(inputs, request) for request in batch]
+        pieces = [(row, piece) for row, one in enumerate(batch) for piece in self._pieces(one)]
+        requests = [piece for _, piece in pieces]
+        sizes = [request_sizes(inputs, request) for request in requests]
         parts = split(sizes, profiles, self._graph.file)
         started: list[Pending] = []
         for part in parts:
-            rows = [batch[row] for row in part.rows]
-            arrays = collate([tensor.spec for tensor in inputs], rows)
+            arrays = collate([tensor.spec for tensor in inputs], [requests[i] for i in part.rows])
             full = padded(inputs, arrays, part.sizes)
             started.append(self._runner.start(part.profile, part.sizes, full))
-        found: dict[int, Answer] = {}
+        outputs: dict[int, npt.NDArray[Any]] = {}
         for part, pending in zip(parts, started, strict=True):
-            outputs = pending.result()
-            for place, row in enumerate(part.rows):
-                found[row] = Answer(_own(self._graph, outputs, place, batch[row]))
-        return [found[row] for row in range(len(batch))]
+            found = pending.result()
+            for place, i in enumerate(part.rows):
+                outputs[i] = _own(self._graph, found, place, requests[i])
+        own: list[list[npt.NDArray[Any]]] = [[] for _ in batch]
+        for i, (row, _) in enumerate(pieces):
+            own[row].append(outputs[i])
+        return [Answer(some[0] if len(some) == 1 else np.concatenate(some)) for some in own]
 
     def close(self) -> None:
         self._runner.close()
+
+    def _pieces(self, request: EncodedRequest) -> Iterator[EncodedRequest]:
+        """The request itself, or with some of its candidates each."""
+        jagged = {
+            t.name: t.axes.index(CANDIDATE) for t in self._graph.inputs if CANDIDATE in t.axes
+        }
+        count = max((request.arrays[name].shape[axis] for name, axis in jagged.items()), default=0)
+        most = max((p.axes[CANDIDATE].most for p in self._runner.profiles if jagged), default=0)
+        if not self._independent or count <= most:
+            yield request
+            return
+        for start in range(0, count, most):
+            cut = slice(start, start + most)
+            some = {
+                name: request.arrays[name][(*(slice(None),) * axis, cut)]
+                for name, axis in jagged.items()
+            }
+            yield replace(request, arrays={**request.arrays, **some})
 
 
 class PlanSession:
