@@ -41,7 +41,8 @@ from gr_core.steps import PAST_KEYS, PAST_VALUES
 from gr_hstu.config import HSTUConfig
 from gr_hstu.engine import TorchEngine
 from gr_hstu.model import HSTUModel
-from gr_hstu.testing import FULL, FULL_SCHEMA, load, random_module
+from gr_hstu.models import build_model
+from gr_hstu.testing import FULL, FULL_SCHEMA, load
 from gr_trt.ensemble import Ensemble, Graph, Role
 from gr_trt.export.exporter import OnnxExporter
 from gr_trt.onnx_runtime.engine import OnnxRuntimeEngine
@@ -329,7 +330,8 @@ def random_model(folder: Path, width: int, history: int) -> HSTUModel:
         **FULL,
     )
     schema = dataclasses.replace(FULL_SCHEMA, max_history=history)
-    weights = random_module(config).state_dict()
+    torch.manual_seed(0)
+    weights = build_model(config).state_dict()
     bundle = write_bundle(
         folder / f"hstu-{LAYERS}x{width}" / "1",
         name=f"hstu-{LAYERS}x{width}",

@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 NOTES = "int8"
 """What `Ensemble.notes` has it under."""
+_LONGEST = 2048
+"""Behaviours of a request that ranges are found by; scores among tokens of more fill memory."""
 _VERIFIED = 6
 """Examples that a graph is compared with torch on."""
 _NOW_MS = 1_700_000_000_000
@@ -94,7 +96,9 @@ class _Writer:
         self._source, self._out, self._options = source, out, options
         self._activations = activations
         tasks = list(dict.fromkeys(task for graph in ensemble.graphs for task in graph.tasks))
-        requests = {task: _requests(model, task, options) for task in tasks}
+        history = ensemble.axes.get("history")
+        longest = min(history.maximum if history else _LONGEST, _LONGEST)
+        requests = {task: _requests(model, task, options, longest) for task in tasks}
         self.requests = max(map(len, requests.values()))
         self.facts: dict[str, Any] = {}
         self._sources = {one.name: one for one in sources(model, tasks, requests)}
@@ -194,10 +198,11 @@ class _Writer:
 
 
 def _requests(
-    model: TorchModel, task: Task, options: QuantizationOptions
+    model: TorchModel, task: Task, options: QuantizationOptions, longest: int
 ) -> Sequence[EncodedRequest]:
-    """Those that ranges are found by."""
+    """Those that ranges are found by; made up ones have histories of up to ``longest``."""
     count = options.calibration_requests
+    samples = sample_requests(model, count, max_history=longest)
     if options.calibration:
         path = Path(options.calibration)
         given: Sequence[RecommendRequest] = (
@@ -211,7 +216,7 @@ def _requests(
             replace(request, request_time_ms=request.request_time_ms or _NOW_MS)
             for request in given
             if task is Task.RETRIEVE or request.candidates is not None
-        ][:count] or sample_requests(model, count)
+        ][:count] or samples
     else:
-        requests = sample_requests(model, count)
+        requests = samples
     return [model.encode(for_task(request, task), task).request for request in requests]

@@ -27,6 +27,8 @@ from gr_trt.quantization.options import QuantizationOptions
 
 REQUESTS = 64
 """Sample requests that are compared where a bundle brings no labelled ones."""
+LABELLED = 4096
+"""Labelled requests that are judged at most, the first ones."""
 _BATCH = 16
 _RESAMPLES = 100
 
@@ -43,7 +45,7 @@ def check_quality(
     whatever is more: a smaller loss cannot be told from none. Raises `GrError` under a bound.
     """
     found: dict[str, Any] = {}
-    labelled = labelled_requests(model)
+    labelled = labelled_requests(model)[:LABELLED]
     for task in dict.fromkeys(t for graph in Ensemble.read(before).graphs for t in graph.tasks):
         found[task.value] = _compared(before, after, model, task, labelled, options)
     return found
