@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,10 +21,11 @@ import torch
 
 import gr_hstu
 from gr_core import Task
-from gr_core.contracts import Artifact, EngineOptions, ExportOptions
+from gr_core.contracts import Artifact, EngineOptions, ExportOptions, Model
 from gr_core.devices import Device, Machine
 from gr_core.errors import FailedPrecondition
 from gr_core.planner import plan
+from gr_core.plugins.registry import Registry
 from gr_core.repository import Bundle
 from gr_core.samples import for_task, sample_requests
 from gr_core.testing import EngineSuite, ExporterSuite, installed
@@ -276,6 +278,60 @@ def test_a_longer_history_than_the_profiles(small: Source, tmp_path: Path) -> No
         engine.infer([request])
     for words in ("history 9", "rank.plan", "batch-32", "history 1 to 8", "max_history=9"):
         assert words in str(error.value)
+
+
+class PlansAndGraphsExporter:
+    """onnx → tensorrt, with the graphs beside their plans."""
+
+    def export(
+        self, artifact: Artifact, model: Model, out_dir: Path, options: ExportOptions
+    ) -> Artifact:
+        given = dataclasses.replace(options, extra={"target": "sm89", **options.extra})
+        made = TensorRTExporter().export(artifact, model, out_dir, given)
+        for file in artifact.path.glob("*.onnx"):
+            shutil.copy(file, out_dir)
+        return made
+
+
+def make_engine() -> TensorRTEngine:
+    def open_graph(
+        folder: Path, graph: Graph, options: EngineOptions, own: TensorRTOptions
+    ) -> OnnxRunner:
+        _, facts = read(folder / graph.file)
+        return OnnxRunner(folder / f"{graph.name}.onnx", facts.profiles)
+
+    return TensorRTEngine(open_graph)
+
+
+@pytest.mark.slow
+class TestInSizesOfProfiles(EngineSuite):
+    """What `TestOnGpu` asks, as far as it is decided without a GPU."""
+
+    engine = "tensorrt"
+    dtype = "float32"
+
+    @pytest.fixture(params=SHIPPED)
+    def bundle(self, request: pytest.FixtureRequest) -> Bundle:
+        return Bundle.open(BUNDLES / request.param / "1")
+
+    @pytest.fixture
+    def registry(self) -> Registry:
+        known = installed()
+        return Registry.of(
+            *known.models.declared(),
+            known.engines["torch"],
+            known.exporters["onnx"],
+            dataclasses.replace(
+                known.exporters["tensorrt"], factory=f"{__name__}:PlansAndGraphsExporter"
+            ),
+            dataclasses.replace(
+                known.engines["tensorrt"],
+                factory=f"{__name__}:make_engine",
+                devices=("cpu",),
+                dtypes=("float32",),
+                device_probe=None,
+            ),
+        )
 
 
 # ── On a GPU ──────────────────────────────────────────────────────────────────────────────────
