@@ -96,7 +96,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             for side in SIDES
             for model, task in TASKS.items()
         }
-        answers = {key: ask(client, {**job, "check": True})["items"] for key, job in jobs.items()}
+        checks = {key: ask(client, {**job, "check": True}) for key, job in jobs.items()}
+        answers = {key: check["items"] for key, check in checks.items()}
         wrong = [
             f"{model}: {side} beside {SIDES[1]}: {difference}"
             for side, model in jobs
@@ -136,6 +137,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "rounds": options.rounds,
         "load_average": os.getloadavg(),
         "resident_mib": memory,
+        "engines": {f"{side} {model}": c["engine"] for (side, model), c in checks.items()},
         "wrong": wrong,
         "measurements": cells,
     }
@@ -261,7 +263,9 @@ def table(report: Mapping[str, Any]) -> str:
             ratio = statistics.median(
                 c["requests_per_s"] / triton[c["round"]] for c in mine if triton[c["round"]]
             )
-            name = "Triton" if side == "triton" else f"gr serve, {side}"
+            engine = report["engines"][f"{side} {model}"]
+            name = "Triton" if side == "triton" else "gr serve"
+            name = f"{name}, auto: {engine}" if side == "auto" else f"{name}, {engine}"
             lines.append(
                 f"| {model} | {callers} | {name} | {rate:.0f} | {p50:.2f} | {p99:.2f} "
                 f"| {cpu:.2f} | {ratio:.2f} | {sum(c['failures'] for c in mine)} |"

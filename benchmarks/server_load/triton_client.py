@@ -35,6 +35,8 @@ DISTINCT = 64
 """Different requests, sent in turn."""
 
 Items = list[tuple[Any, float]]
+Checked = tuple[Items, str]
+"""Items with their scores, and the engine that computed them."""
 
 
 def requests(models: str, name: str, task: str) -> Sequence[RecommendRequest]:
@@ -63,13 +65,14 @@ def bodies(protocol: str, job: dict[str, Any]) -> list[bytes]:
     return encoded
 
 
-def items_of(protocol: str, answer: bytes) -> Items:
+def checked(protocol: str, answer: bytes) -> Checked:
     if protocol == "gr":
-        message = pb.RecommendResponse.FromString(answer)
-        found = recommendation_from_message(message).items
-        return [(item.item_id, item.score) for item in found]
+        found = recommendation_from_message(pb.RecommendResponse.FromString(answer))
+        return [(item.item_id, item.score) for item in found.items], found.stages[0].engine
     output = service_pb2.ModelInferResponse.FromString(answer).raw_output_contents[0]
-    return [(item["item_id"], item["score"]) for item in json.loads(output[4:])["items"]]
+    said = json.loads(output[4:])
+    items = [(item["item_id"], item["score"]) for item in said["items"]]
+    return items, said["stages"][0]["engine"]
 
 
 async def run(job: dict[str, Any], kept: dict[Any, list[bytes]]) -> dict[str, Any]:
@@ -81,7 +84,8 @@ async def run(job: dict[str, Any], kept: dict[Any, list[bytes]]) -> dict[str, An
         await channel.channel_ready()
         call = channel.unary_unary(METHODS[protocol])
         if job.get("check"):
-            return {"items": [items_of(protocol, await call(b, timeout=60)) for b in kept[key]]}
+            found = [checked(protocol, await call(body, timeout=60)) for body in kept[key]]
+            return {"items": [items for items, _ in found], "engine": found[0][1]}
         return await load(job, call, kept[key])
 
 
