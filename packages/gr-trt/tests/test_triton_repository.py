@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -19,9 +20,12 @@ from onnx import TensorProto, helper, numpy_helper
 from gr_core import Task
 from gr_core.contracts import Artifact, ExportOptions
 from gr_core.errors import BundleError, PlanError
+from gr_core.plugins.host import PluginHost
+from gr_core.plugins.registry import Registry
 from gr_core.repository import Bundle
 from gr_core.steps import USER
-from gr_core.testing.tiny import TinyModel, write_tiny_bundle
+from gr_core.testing import ExporterSuite
+from gr_core.testing.tiny import TinyModel, tiny_registry, write_tiny_bundle
 from gr_trt.ensemble import Ensemble, Graph, Role, Tensor
 from gr_trt.triton.cli import triton
 from gr_trt.triton.exporter import TritonExporter
@@ -86,7 +90,7 @@ def graphs(model: TinyTorchModel, tmp_path: Path) -> Path:
     return with_graphs(model, tmp_path / "graphs")
 
 
-def with_graphs(model: TinyTorchModel, folder: Path) -> Path:
+def with_graphs(model: TinyModel, folder: Path) -> Path:
     ensemble = write_graphs(model, folder)
     replace(ensemble, graphs=(*ensemble.graphs, top_k(model, folder))).write(folder)
     return folder
@@ -438,3 +442,24 @@ def test_the_bundle_takes_its_room_once(repository: Path) -> None:
     copied = repository.parent / "copied"
     shutil.copytree(repository, copied)
     assert state(copied) == state(repository)
+
+
+# ── Conformance ───────────────────────────────────────────────────────────────────────────────
+
+
+class TestExporter(ExporterSuite):
+    exporter = "triton-repository"
+    options: ClassVar[Mapping[str, Any]] = {"backend": "onnxruntime"}
+
+    @pytest.fixture
+    def bundle(self, tmp_path: Path) -> Bundle:
+        return write_tiny_bundle(tmp_path / "bundles")
+
+    @pytest.fixture
+    def registry(self) -> Registry:
+        ours = PluginHost.discover().registry.exporters[self.exporter]
+        return Registry.of(ours, *(offer.descriptor for offer in tiny_registry().offers))
+
+    @pytest.fixture
+    def source(self, model: TinyModel, tmp_path: Path) -> Artifact:
+        return Artifact("onnx", with_graphs(model, tmp_path / "graphs"))
