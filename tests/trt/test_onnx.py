@@ -284,7 +284,7 @@ def test_reuse_under_fire(
     fresh.close()
 
 
-@pytest.mark.parametrize("kind", ["ranking", "mtgr"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_many_candidates_are_scored_in_several_runs(
     folders: dict[str, Path], models: dict[str, HSTUModel], kind: str
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gr_trt.grouping import FREE_WORK, MAX_PADDING, Size, grouped
+from gr_trt.execution.grouping import FREE_WORK, MAX_PADDING, Size, grouped
 
 WIDTH = 64
 SIZES = st.lists(st.builds(Size, st.integers(1, 3000), st.integers(1, 3000)), max_size=40)

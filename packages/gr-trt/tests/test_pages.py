@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gr_core.steps import PAST_KEYS, PAST_VALUES
 from gr_core.types import Task
 from gr_trt.ensemble import Graph, Role, Tensor
-from gr_trt.onnx_runtime.pages import BLOCK_TOKENS, Pages
+from gr_trt.execution.pages import BLOCK_TOKENS, Pages
 
 DECODE = Graph(
     name="rank_decode",

@@ -29,9 +29,9 @@ from gr_core.samples import for_task, sample_requests
 from gr_core.steps import PAST_KEYS, USER, SteppedModel
 from gr_core.types import Task
 from gr_trt.ensemble import Ensemble, Graph, Role
+from gr_trt.execution.pages import BLOCK_TOKENS, Pages
+from gr_trt.execution.passes import Pass, SinglePass, Stepped, Workspace
 from gr_trt.onnx_runtime.options import OnnxRuntimeOptions
-from gr_trt.onnx_runtime.pages import BLOCK_TOKENS, Pages
-from gr_trt.onnx_runtime.passes import Limits, Pass, SinglePass, Stepped
 from gr_trt.onnx_runtime.session import NUMPY_DTYPES, Runtime, Session
 from gr_trt.options import own_options
 
@@ -144,7 +144,7 @@ def _load_pass(
     name = f"{model.bundle.name}/{model.bundle.version}"
     if decode is None or not isinstance(model, SteppedModel):
         logger.info("%s: engine onnxruntime, %s in a single pass", name, task.value)
-        return SinglePass(session, graph, Limits(64, 8, own.workspace_bytes))
+        return SinglePass(session, graph, Workspace(64, 8, own.workspace_bytes))
     past_keys = next(tensor for tensor in graph.inputs if tensor.name == PAST_KEYS)
     pages = Pages.of(graph, NUMPY_DTYPES[past_keys.dtype])
     _, heads, columns = pages.keys
@@ -167,7 +167,7 @@ def _load_pass(
         task.value,
         "none" if space is None else f"{model.prefix_stability.reusable} histories",
     )
-    limits = Limits(heads * columns, heads, own.workspace_bytes)
+    limits = Workspace(heads * columns, heads, own.workspace_bytes)
     return Stepped(model, session, graph, pages, space, limits)
 
 

@@ -9,7 +9,6 @@ import hashlib
 import logging
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -29,8 +28,8 @@ from gr_core.samples import for_task, sample_requests
 from gr_core.steps import PAST_KEYS, SteppedModel
 from gr_core.types import Task
 from gr_trt.ensemble import Ensemble, Graph, Role
-from gr_trt.onnx_runtime.pages import BLOCK_TOKENS, Pages
-from gr_trt.onnx_runtime.passes import Pass, Stepped
+from gr_trt.execution.pages import BLOCK_TOKENS, Pages
+from gr_trt.execution.passes import Pass, Stepped
 from gr_trt.onnx_runtime.session import NUMPY_DTYPES
 from gr_trt.options import own_options
 from gr_trt.tensorrt.options import TensorRTOptions
@@ -194,8 +193,8 @@ def _stepped(
         token_cost=2.0 * width * stack.d_model + stack.layers[0].output_weight.numel(),
         pair_cost=float(width),
     )
-    session: Any = PlanSession(runner, graph)
-    limits: Any = ProfileLimits(runner.profiles, heads * columns)
+    session = PlanSession(runner, graph)
+    limits = ProfileLimits(runner.profiles, heads * columns)
     return Stepped(model, session, graph, pages, space, limits)
 
 

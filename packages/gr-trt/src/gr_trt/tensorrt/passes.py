@@ -17,15 +17,15 @@ from gr_core.contracts import EncodedRequest
 from gr_core.steps import CANDIDATE, PAST, SCORES, TOKEN, USER
 from gr_core.types import Task
 from gr_trt.ensemble import Graph
-from gr_trt.grouping import Size
-from gr_trt.onnx_runtime.passes import Answer
+from gr_trt.execution.grouping import Size
+from gr_trt.execution.passes import Answer
 from gr_trt.tensorrt.batches import array_sizes, choose, padded, request_sizes, round_up, split
 from gr_trt.tensorrt.profiles import BATCH, Profile
 from gr_trt.tensorrt.runner import Arrays, Pending, Runner
 
 
 class SinglePass:
-    """Implements `gr_trt.onnx_runtime.passes.Pass`: everything anew for every request.
+    """Implements `gr_trt.execution.passes.Pass`: everything anew for every request.
 
     ``independent`` says that no candidate's score depends on the others. Then a request with more
     of them than the profiles take is computed in several parts.
@@ -105,7 +105,7 @@ class PlanSession:
 
 @dataclass(frozen=True, slots=True)
 class ProfileLimits:
-    """What fits in a plan's profiles, in the terms of `gr_trt.onnx_runtime.passes.Limits`."""
+    """What fits in a plan's profiles, implements `gr_trt.execution.passes.Limits`."""
 
     profiles: Sequence[Profile]
     width: int

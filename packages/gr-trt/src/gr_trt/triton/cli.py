@@ -18,7 +18,7 @@ def triton() -> None:
 def add(exported: Path, repository: Path) -> None:
     """Add what was exported to a repository, as further models or as versions of its models.
 
-    EXPORTED is a folder that `gr export --format triton-repository` wrote. Triton may serve REPOSITORY
+    EXPORTED is a folder that `gr export --format triton-repository` wrote. REPOSITORY may be served
     meanwhile: versions appear complete, and the ensembles lead to them at the end.
     """
     from gr_trt.triton.repository import add

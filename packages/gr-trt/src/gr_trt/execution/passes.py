@@ -29,9 +29,8 @@ from gr_core.steps import (
 )
 from gr_core.types import Task
 from gr_trt.ensemble import Graph
-from gr_trt.grouping import Size, grouped
-from gr_trt.onnx_runtime.pages import Pages
-from gr_trt.onnx_runtime.session import Session
+from gr_trt.execution.grouping import Size, grouped
+from gr_trt.execution.pages import Pages
 
 Array = npt.NDArray[Any]
 
@@ -57,9 +56,34 @@ class Pass(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class GraphSession(Protocol):
+    """Runs one graph."""
+
+    def run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Outputs by name for batched arrays of the declared types."""
+        ...
+
+
+class Limits(Protocol):
     """What may be computed at once."""
+
+    @property
+    def width(self) -> int:
+        """Of the model, to weigh projections against attention."""
+        ...
+
+    def fits(self, count: int, size: Size) -> bool:
+        """Whether so many requests may be, padded to a size."""
+        ...
+
+    def candidates_at_once(self, tokens: int, keys: int) -> int:
+        """How many candidates may be scored beside ``tokens`` of their history."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """`Limits` of memory for attention scores."""
 
     width: int
     """Of the model, to weigh projections against attention."""
@@ -81,7 +105,7 @@ class Limits:
 class SinglePass:
     """For models whose layers do not go in steps: everything anew for every request."""
 
-    def __init__(self, session: Session, graph: Graph, limits: Limits) -> None:
+    def __init__(self, session: GraphSession, graph: Graph, limits: Limits) -> None:
         self._session = session
         self._graph = graph
         self._limits = limits
@@ -121,7 +145,7 @@ class Stepped:
     def __init__(
         self,
         model: SteppedModel,
-        session: Session,
+        session: GraphSession,
         graph: Graph,
         pages: Pages,
         space: BlockSpace | None,
@@ -210,7 +234,7 @@ class Stepped:
         group: Sequence[_Work],
         arrays: Sequence[Mapping[str, Array]],
         past: tuple[Array, Array] | None = None,
-    ) -> dict[str, Array]:
+    ) -> Mapping[str, Array]:
         given = [
             EncodedRequest(work.request.task, one, 0)
             for work, one in zip(group, arrays, strict=True)
