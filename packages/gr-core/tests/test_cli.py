@@ -407,13 +407,15 @@ def test_bench_remembers_what_is_quickest_and_measures_nothing_wrong(gr: Gr, mod
 
 
 def test_export(gr: Gr, models: str, tmp_path: Path):
-    assert gr("export", "tiny", "--format", "three", "--target", "sm89", "--option", "n=3", "--option", "s=x") == (
+    options = ("--target", "sm89", "--option", "n=3", "--option", "s=x")
+    assert gr("export", "tiny", "--format", "three", *options) == (
         "numpy → two → three: wrote tiny-2-three\n"
     )
     text = (tmp_path / "tiny-2-three" / "artifact.txt").read_text()
     assert text == 'two{"n": 3, "s": "x", "target": "sm89"}'
     assert "tiny-2-three: exists" in gr("export", "tiny", "--format", "three", status=2)
-    gr("export", "tiny", "--format", "three", "--overwrite", "--version", "1", "--out", "tiny-2-three")
+    place = ("--version", "1", "--out", "tiny-2-three")
+    gr("export", "tiny", "--format", "three", "--overwrite", *place)
     assert (tmp_path / "tiny-2-three" / "artifact.txt").read_text() == "two{}"
     shown = gr("export", "--model", "tiny", "--to", "onnx", status=2)
     assert "no exporter makes onnx of tiny (numpy)" in shown
