@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gr_core import Task
-from gr_core.artifacts import cache_folder, materialize
-from gr_core.contracts import Artifact, ExportOptions, Model
-from gr_core.errors import GrError
+from gr_core.artifacts import cache_folder, load_engine, materialize
+from gr_core.contracts import Artifact, EngineOptions, ExportOptions, Model
+from gr_core.errors import BundleError, GrError
 from gr_core.planner import Plan, plan
 from gr_core.plugins.registry import Registry
 from gr_core.repository import Bundle
@@ -161,6 +162,40 @@ def test_whatever_an_artifact_depends_on_makes_another(
     made.add(materialize(chain.plan, imported, folder, {}).path)
     assert len(made) == 8
     assert len(chain.calls) == 16
+
+
+class Reader(MeanEngine):
+    """Refuses what is damaged."""
+
+    def load(
+        self, artifact: Artifact, model: Model, tasks: Sequence[Task], options: EngineOptions
+    ) -> None:
+        if not (artifact.path / "pressed").read_text().startswith("pressed"):
+            raise BundleError(f"{artifact.path}: damaged")
+        super().load(artifact, model, tasks, options)
+
+
+def test_a_kept_artifact_that_cannot_be_loaded_is_made_again(
+    chain: Chain, model: MeanModel, folder: Path
+) -> None:
+    artifact = materialize(chain.plan, model, folder, {})
+    (artifact.path / "pressed").write_text("pre")
+    engine = Reader(Lab())
+    load_engine(engine, chain.plan, model, [Task.RANK], EngineOptions(), folder)
+    assert engine.health().ok
+    assert len(chain.calls) == 4
+    load_engine(Reader(Lab()), chain.plan, model, [Task.RANK], EngineOptions(), folder)
+    assert len(chain.calls) == 4
+
+
+def test_an_artifact_that_is_wrong_when_made_is_not_made_again_and_again(
+    chain: Chain, model: MeanModel, folder: Path
+) -> None:
+    chain.baking.export = lambda *_: (_[2] / "pressed").write_text("pre")  # type: ignore[assignment,func-returns-value]
+    for calls in (1, 2):  # each start tries once what was kept, and once what is new
+        with pytest.raises(BundleError, match="damaged"):
+            load_engine(Reader(Lab()), chain.plan, model, [Task.RANK], EngineOptions(), folder)
+        assert len(chain.calls) == calls
 
 
 def test_where_artifacts_are_kept(

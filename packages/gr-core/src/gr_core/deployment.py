@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from gr_core.artifacts import materialize
+from gr_core.artifacts import load_engine
 from gr_core.batcher import Batched, BatchingOptions, BatchReport, MicroBatcher
 from gr_core.contracts import (
     AsyncEngine,
@@ -314,7 +314,6 @@ def _load_engine(chosen: Plan, model: Model, spec: ModelSpec, environment: Envir
     """Raises whatever the exporters and the engine raise; leaves nothing behind if so."""
     descriptor = chosen.engine
     tasks = [task for task in model.tasks if task in descriptor.tasks]
-    artifact = materialize(chosen, model, environment.artifacts, spec.options)
     engine: Engine | AsyncEngine = descriptor.resolve()()
     if inspect.iscoroutinefunction(engine.infer) != descriptor.batches_itself:
         raise PlanError(
@@ -331,7 +330,7 @@ def _load_engine(chosen: Plan, model: Model, spec: ModelSpec, environment: Envir
         extra=spec.options,
     )
     try:
-        engine.load(artifact, model, tasks, options)
+        load_engine(engine, chosen, model, tasks, options, environment.artifacts)
         engine.warm_up()
     except BaseException:
         engine.close()

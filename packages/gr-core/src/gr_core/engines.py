@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from gr_core.artifacts import materialize
+from gr_core.artifacts import load_engine
 from gr_core.contracts import (
     AsyncEngine,
     EncodedRequest,
@@ -59,7 +59,7 @@ def running(
     loop = asyncio.Runner()
     try:
         options = EngineOptions(chosen.device, chosen.dtype, threads, extra=extra or {})
-        engine.load(materialize(chosen, model, None, extra or {}), model, [chosen.task], options)
+        load_engine(engine, chosen, model, [chosen.task], options)
         engine.warm_up()
         yield RunningEngine(chosen, engine, loop)
     finally:
