@@ -61,7 +61,8 @@ def test_the_shipped_model_answers_as_before(
         if graph.role is Role.TOP_K:
             assert (facts["products"], graph.parity.max_error < 1e-4) == (0, True)
         else:
-            assert (facts["products"], facts["tables"]) == (4, 1)
+            assert facts["products"] >= 4, "two layers of two"
+            assert facts["tables"] == 1
             assert 0.001 < graph.parity.max_error < 0.1
             assert sizes[0] < 0.4 * sizes[1]
             metadata = onnx.load(str(tmp_path / graph.file)).metadata_props
