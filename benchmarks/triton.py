@@ -133,6 +133,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine("onnxruntime", "torch", "grpcio", "protobuf", "numpy"),
         "tritonserver": "2.51 (nvidia-pytriton 0.7.0)",
+        "gr_serve": versions(options.python),
         "seconds": options.seconds,
         "rounds": options.rounds,
         "load_average": os.getloadavg(),
@@ -195,6 +196,18 @@ def gr_serve(interpreter: str, strategy: str, scratch: Path) -> Iterator[tuple[s
             process.wait(30)
 
 
+def versions(interpreter: str) -> dict[str, str]:
+    """Of what `gr serve` stands on, in its own environment."""
+    names = ("onnxruntime", "torch", "grpcio", "protobuf", "numpy", "gr-kernels")
+    code = (
+        "import json; from importlib.metadata import distributions as d; "
+        f"print(json.dumps({{x.name: x.version for x in d() if x.name in {names}}}))"
+    )
+    found = subprocess.run([interpreter, "-c", code], check=True, capture_output=True, text=True)
+    own: dict[str, str] = json.loads(found.stdout)
+    return {name: own[name] for name in names if name in own}
+
+
 def family(pid: int) -> list[int]:
     """A process and its children: Triton runs each Python model in one of its own."""
     children = Path(f"/proc/{pid}/task").glob("*/children")
@@ -236,7 +249,8 @@ def conditions(report: Mapping[str, Any]) -> str:
     memory = ", ".join(f"{side} {mib:.0f}" for side, mib in report["resident_mib"].items())
     return (
         f"{report['when']}; {described(report['machine'])}, tritonserver "
-        f"{report['tritonserver']}. Written by `nox -s triton -- --bench`. Medians of "
+        f"{report['tritonserver']}; gr serve with {described(report['gr_serve'])}. "
+        "`nox -s triton -- --bench` takes such figures. Medians of "
         f"{report['rounds']} rounds of {report['seconds']:g} s each, the client on the same "
         "cores; ratios are medians of the ratios within rounds. Resident memory of all processes "
         f"of a server at the end, MiB, shared pages counted for each: {memory}. Load of the "
