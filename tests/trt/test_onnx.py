@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +201,22 @@ def test_a_graph_that_fails_parity_is_not_left_behind(
         export(model, partial, "float16")
     assert not out.exists()
     assert not list(tmp_path.glob(".out*")), "nothing half done is left behind"
+
+
+def test_a_full_disk(run, environment: Mapping[str, str], tmp_path: Path) -> None:
+    """Here files of more than 100 KiB are too large."""
+    write(tmp_path, "ranking")
+    export = "gr export ranking --models . --format onnx --out graphs"
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    env = {**environment, "TMPDIR": str(scratch)}
+    shown = run("bash", "-c", f"ulimit -f 100; {export}", env=env, status=2)
+    assert shown.stderr == (
+        "gr: graphs: no room (File too large); free some, or write to another disk; "
+        "nothing half-written is left\n"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ranking", "scratch"]
+    assert not list(scratch.glob("gr-*"))
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def export(
     from gr_core.contracts import Artifact, ExportOptions
     from gr_core.errors import BundleError
     from gr_core.planner import export_path
-    from gr_core.repository.bundle import atomic_folder
+    from gr_core.repository.bundle import atomic_folder, room_at
 
     if bool(name) == bool(named):
         raise click.UsageError("name one model, as the argument or with --model")
@@ -88,7 +88,8 @@ def export(
             for step in path[:-1]:
                 folder = Path(scratch) / step.name
                 folder.mkdir()
-                artifact = step.resolve()().export(artifact, model, folder, given)
+                with room_at(folder):
+                    artifact = step.resolve()().export(artifact, model, folder, given)
                 done(step.name)
             with atomic_folder(out) as partial:
                 path[-1].resolve()().export(artifact, model, partial, given)

@@ -7,6 +7,7 @@ weights, ``catalogue.jsonl`` the items, ``MODEL_CARD.md`` what people should kno
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -32,6 +33,7 @@ CARD = "MODEL_CARD.md"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MAX_CONFIG_BYTES = 16 * 2**20
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def is_name(value: object) -> TypeGuard[str]:
@@ -282,12 +284,30 @@ def with_files(bundle: Bundle, files: Mapping[str, bytes]) -> Bundle:
 
 
 @contextmanager
+def room_at(path: Path) -> Iterator[None]:
+    """A full disk, which is nobody's fault of ours, as a `BundleError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise BundleError(
+            f"{path}: no room ({error.strerror}); free some, or write to another disk; "
+            "nothing half-written is left"
+        ) from error
+
+
+@contextmanager
 def atomic_folder(out_dir: Path) -> Iterator[Path]:
-    """A new folder beside ``out_dir`` that takes its place when the block ends without an error."""
+    """A new folder beside ``out_dir`` that takes its place when the block ends without an error.
+
+    Raises `BundleError` where the disk is full.
+    """
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
     try:
-        yield partial
+        with room_at(out_dir):
+            yield partial
         partial.chmod(0o755)
         if out_dir.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-old-", dir=out_dir.parent))
