@@ -44,6 +44,7 @@ from gr_hstu.config import HSTUConfig, MTGRConfig
 from gr_hstu.jagged import jagged
 from gr_hstu.models import MTGR, HSTURanking, HSTURetrieval
 from gr_hstu.steps import steps_of
+from gr_hstu.steps.tokens import HIGH, LOW
 from gr_hstu.testing import CASES, a_request, encode, load, random_module, write
 
 Config = HSTUConfig | MTGRConfig
@@ -383,7 +384,9 @@ def test_the_inputs_are_those_of_the_modules(name: str, task: Task) -> None:
             assert shape == tuple(a if isinstance(a, int) else lengths[a] for a in spec.axes), (
                 spec.name
             )
-    assert declared == {*arrays, PAST_KEYS, PAST_VALUES}
+    # Of a single layer, what tokens see is only read where the last of them answers.
+    unread = {LOW, HIGH} if "one layer" in name and not opened.retrieves else set()
+    assert declared == {*arrays, PAST_KEYS, PAST_VALUES} - unread
 
 
 @pytest.mark.parametrize(

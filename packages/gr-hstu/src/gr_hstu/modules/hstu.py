@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gr_hstu.config import HSTUConfig
 from gr_hstu.modules.attention import hstu_attention, softmax_attention
 from gr_hstu.modules.bias import RelativeBias, RelativeIndex
+from gr_hstu.modules.projection import Projection
 
 
 class HeadNorm(nn.Module):
@@ -42,14 +43,16 @@ class HSTULayer(nn.Module):
         super().__init__()
         research = config.variant == "research"
         self.config = config
-        self.split_sizes = [config.num_heads * config.d_v] * 2 + [
-            config.num_heads * config.d_qk
-        ] * 2
-        gated = config.num_heads * config.d_v
+        gated, compared = config.num_heads * config.d_v, config.num_heads * config.d_qk
         self.input_norm = nn.LayerNorm(
             config.d_model, eps=config.norm_eps, elementwise_affine=not research
         )
-        self.uvqk = nn.Linear(config.d_model, sum(self.split_sizes), bias=not research)
+        self.uvqk = Projection(
+            config.d_model,
+            {"u": gated, "v": gated, "q": compared, "k": compared},
+            config.num_heads,
+            bias=not research,
+        )
         self.attention_norm: nn.Module
         if config.variant == "ranking" and config.group_norm:
             self.attention_norm = HeadNorm(config.num_heads, config.norm_eps)
@@ -75,17 +78,18 @@ class HSTULayer(nn.Module):
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """U (B, T, H·V), V (B, T, H, V), Q and K (B, T, H, K)."""
-        projected = self.uvqk(self.input_norm(x_BTD))
-        if self.config.variant == "research":
-            if self.config.projection_activation == "silu":
-                projected = F.silu(projected)
-            u, v, q, k = torch.split(projected, self.split_sizes, dim=-1)
-        else:
-            u, v, q, k = torch.split(projected, self.split_sizes, dim=-1)
-            u = F.silu(u)
-        heads = (self.config.num_heads, -1)
-        v_BTHV, q_BTHK, k_BTHK = (torch.unflatten(part, -1, heads) for part in (v, q, k))
-        return u, v_BTHV, q_BTHK, k_BTHK
+        parts = self.parts(self.uvqk, self.input_norm(x_BTD))
+        return parts["u"], parts["v"], parts["q"], parts["k"]
+
+    def parts(self, projection: Projection, normed_BTD: Tensor) -> dict[str, Tensor]:
+        """U, V, Q and K, as `project` gives them, or those that a part of `uvqk` has."""
+        projected = projection(normed_BTD)
+        if self.config.variant == "ranking":
+            parts = projection.split(projected)
+            return {n: F.silu(part) if n == "u" else part for n, part in parts.items()}
+        if self.config.projection_activation == "silu":
+            projected = F.silu(projected)
+        return projection.split(projected)
 
     def gate(self, u_BTF: Tensor, attended_BTF: Tensor) -> Tensor:
         """What the output projection reads."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gr_hstu.config import MTGRConfig
 from gr_hstu.modules.attention import hstu_attention
 from gr_hstu.modules.masks import NUM_GROUPS
+from gr_hstu.modules.projection import Projection
 
 
 class GroupLayerNorm(nn.Module):
@@ -36,10 +37,14 @@ class MTGRLayer(nn.Module):
     def __init__(self, config: MTGRConfig) -> None:
         super().__init__()
         self.config = config
-        gated = config.num_heads * config.v_dim
-        self.split_sizes = [gated, gated] + [config.num_heads * config.qk_dim] * 2
+        gated, compared = config.num_heads * config.v_dim, config.num_heads * config.qk_dim
         self.input_norm = GroupLayerNorm(config.d_model, config.norm_eps)
-        self.uvqk = nn.Linear(config.d_model, sum(self.split_sizes))
+        self.uvqk = Projection(
+            config.d_model,
+            {"u": gated, "v": gated, "q": compared, "k": compared},
+            config.num_heads,
+            bias=True,
+        )
         self.gate_norm = GroupLayerNorm(gated, config.norm_eps)
         self.output = nn.Linear(gated, config.d_model)
         for linear in (self.uvqk, self.output):
@@ -48,11 +53,12 @@ class MTGRLayer(nn.Module):
 
     def project(self, x_BTD: Tensor, group_BT: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """U (B, T, H·V), V (B, T, H, V), Q and K (B, T, H, K)."""
-        projected = F.silu(self.uvqk(self.input_norm(x_BTD, group_BT)))
-        u_BTF, v, q, k = torch.split(projected, self.split_sizes, dim=-1)
-        heads = (self.config.num_heads, -1)
-        v_BTHV, q_BTHK, k_BTHK = (torch.unflatten(part, -1, heads) for part in (v, q, k))
-        return u_BTF, v_BTHV, q_BTHK, k_BTHK
+        parts = self.parts(self.uvqk, self.input_norm(x_BTD, group_BT))
+        return parts["u"], parts["v"], parts["q"], parts["k"]
+
+    def parts(self, projection: Projection, normed_BTD: Tensor) -> dict[str, Tensor]:
+        """U, V, Q and K, as `project` gives them, or those that a part of `uvqk` has."""
+        return projection.split(F.silu(projection(normed_BTD)))
 
     def gate(self, u_BTF: Tensor, attended_BTF: Tensor, group_BT: Tensor) -> Tensor:
         """What the output projection reads."""

@@ -6,8 +6,8 @@ D model width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +22,9 @@ from gr_core.types import Task
 from gr_hstu.jagged.rows import elapsed_at_request
 from gr_hstu.models import MTGR
 from gr_hstu.modules import masks
-from gr_hstu.modules.mtgr import MTGRLayer, MTGRStack
 from gr_hstu.steps import tokens
-from gr_hstu.steps.tokens import Past, Sight
+from gr_hstu.steps.layers import Layers
+from gr_hstu.steps.tokens import Past
 
 GROUPS = "groups"
 
@@ -44,10 +44,7 @@ class MTGRSteps:
 
     def prefill(self, task: Task) -> Step:
         assert task is Task.RANK
-        inputs = self._tokens()
-        if self._kv[0] > 1:
-            # K and V of the first layer depend on no other token.
-            inputs += tokens.interval_specs()
+        inputs = (*self._tokens(), *tokens.interval_specs(self._kv[0]))
         return Step(_Prefill(self._module).eval(), inputs, tokens.kv_specs(*self._kv))
 
     def decode(self, task: Task) -> Step:
@@ -55,7 +52,7 @@ class MTGRSteps:
         inputs = [
             *tokens.past_specs(*self._kv),
             *self._tokens(),
-            *tokens.interval_specs(),
+            *tokens.interval_specs(self._kv[0]),
             tokens.jagged(tokens.CANDIDATE_ITEMS, "int64", CANDIDATE),
             *tokens.candidate_interval_specs(),
         ]
@@ -139,41 +136,23 @@ class _History(nn.Module):
         return x_BTD
 
 
-def _run(
-    stack: MTGRStack, x_BRD: Tensor, group_BR: Tensor, sight: Sight, past: Past | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Y (B, R, D), and of the given tokens K (B, M, T, H, K) and V (B, M, T, H, V)."""
-    keys, values = [], []
-    for i, layer in enumerate(cast("Iterable[MTGRLayer]", stack.layers)):
-        u_BRF, v_BRHV, q_BRHK, k_BRHK = layer.project(x_BRD, group_BR)
-        attended_BRHV = tokens.attention(
-            q_BRHK,
-            k_BRHK,
-            v_BRHV,
-            sight,
-            None if past is None else past.layer(i),
-            alpha=1.0,
-        )
-        gated_BRF = layer.gate(u_BRF, attended_BRHV.flatten(-2), group_BR)
-        x_BRD = layer.output(gated_BRF) + x_BRD
-        keys.append(k_BRHK)
-        values.append(v_BRHV)
-    return x_BRD, tokens.by_layer(keys, sight), tokens.by_layer(values, sight)
+def _layers(model: MTGR, *, answers: bool) -> Layers:
+    divisor = model.config.max_seq_len
+    return Layers(model.stack, alpha=1.0, divisor=divisor, answers=answers)
 
 
 class _Prefill(nn.Module):
     def __init__(self, model: MTGR) -> None:
         super().__init__()
         self.history = _History(model)
-        self.stack = model.stack
-        self.divisor = model.config.max_seq_len
+        self.layers = _layers(model, answers=False)
 
     def forward(
         self, ids: Tensor, groups: Tensor, low: Tensor | None = None, high: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         place_1T = tokens.token_places(ids, None)
-        sight = tokens.history_sight(place_1T, low, high, None, self.divisor)
-        _, keys, values = _run(self.stack, self.history(ids, place_1T), groups, sight, None)
+        sight_BTS = tokens.prefill_sight(place_1T, low, high, self.layers.divisor)
+        _, keys, values = self.layers(self.history(ids, place_1T), sight_BTS, group_BR=groups)
         return keys, values
 
 
@@ -182,6 +161,7 @@ class _Decode(nn.Module):
         super().__init__()
         self.model = model
         self.history = _History(model)
+        self.layers = _layers(model, answers=True)
 
     def forward(
         self,
@@ -190,8 +170,9 @@ class _Decode(nn.Module):
         past_lengths: Tensor,
         ids: Tensor,
         groups: Tensor,
-        low: Tensor,
-        high: Tensor,
+        low: Tensor | None = None,
+        high: Tensor | None = None,
+        *,
         candidate_items: Tensor,
         candidate_low: Tensor,
         candidate_high: Tensor,
@@ -202,18 +183,18 @@ class _Decode(nn.Module):
         model = self.model
         past = Past(past_keys, past_values, past_lengths)
         place_BT = tokens.token_places(ids, past)
-        sight = tokens.candidate_sight(
-            place_BT, low, high, candidate_low, candidate_high, past, model.config.max_seq_len
+        sights = tokens.candidate_sights(
+            place_BT, low, high, candidate_low, candidate_high, past, self.layers.divisor
         )
         x_BCD = self._candidates(
             candidate_items, candidate_features, context_features, candidate_bucket
         )
-        x_BRD = torch.cat([self.history(ids, place_BT), x_BCD], dim=1)
         group_BC = torch.full_like(candidate_low, masks.CANDIDATE)
         group_BR = torch.cat([groups, group_BC], dim=1)
-        x_BRD, keys, values = _run(model.stack, x_BRD, group_BR, sight, past)
-        scores_BCO = model.heads(x_BRD[:, sight.tokens :])
-        return scores_BCO, keys, values
+        x_BCD, keys, values = self.layers.with_candidates(
+            self.history(ids, place_BT), x_BCD, *sights, past, group_BR
+        )
+        return model.heads(x_BCD), keys, values
 
     def _candidates(
         self,

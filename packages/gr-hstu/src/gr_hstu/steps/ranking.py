@@ -21,6 +21,7 @@ from gr_core.types import Task
 from gr_hstu.jagged.rows import elapsed_at_request
 from gr_hstu.models import HSTURanking
 from gr_hstu.steps import tokens
+from gr_hstu.steps.layers import Layers
 from gr_hstu.steps.tokens import Past
 
 
@@ -41,18 +42,15 @@ class RankingSteps:
 
     def prefill(self, task: Task) -> Step:
         assert task is Task.RANK
-        inputs: tuple[ArraySpec, ...] = (tokens.jagged(tokens.IDS, "int32", TOKEN, self._width),)
-        if self._kv[0] > 1:
-            # K and V of the first layer depend on no other token.
-            inputs += tokens.interval_specs()
+        inputs = (self._ids(), *tokens.interval_specs(self._kv[0]))
         return Step(_Prefill(self._module).eval(), inputs, tokens.kv_specs(*self._kv))
 
     def decode(self, task: Task) -> Step:
         assert task is Task.RANK
         inputs = [
             *tokens.past_specs(*self._kv),
-            tokens.jagged(tokens.IDS, "int32", TOKEN, self._width),
-            *tokens.interval_specs(),
+            self._ids(),
+            *tokens.interval_specs(self._kv[0]),
             tokens.jagged(tokens.CANDIDATE_ITEMS, "int64", CANDIDATE),
             *tokens.candidate_interval_specs(),
         ]
@@ -67,6 +65,9 @@ class RankingSteps:
         scores = ArraySpec(SCORES, "float32", (CANDIDATE, len(self._module.config.heads)))
         outputs = (scores, *tokens.kv_specs(*self._kv))
         return Step(_Decode(self._module).eval(), tuple(inputs), outputs)
+
+    def _ids(self) -> ArraySpec:
+        return tokens.jagged(tokens.IDS, "int32", TOKEN, self._width)
 
     def arrays(
         self, request: EncodedRequest, sequence: TokenSequence, start: int
@@ -127,19 +128,23 @@ class _History(nn.Module):
         return model.placed(x_BTD, position_BT, ids_BTW[..., timed_at] if self.timed else None)
 
 
+def _layers(model: HSTURanking, *, answers: bool) -> Layers:
+    config = model.config
+    return Layers(model.stack, alpha=config.scale, divisor=config.divisor, answers=answers)
+
+
 class _Prefill(nn.Module):
     def __init__(self, model: HSTURanking) -> None:
         super().__init__()
         self.history = _History(model)
-        self.stack = model.stack
-        self.divisor = model.config.divisor
+        self.layers = _layers(model, answers=False)
 
     def forward(
         self, ids: Tensor, low: Tensor | None = None, high: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         place_1T = tokens.token_places(ids, None)
-        sight = tokens.history_sight(place_1T, low, high, None, self.divisor)
-        _, keys, values = tokens.run_hstu(self.stack, self.history(ids, place_1T), sight, None)
+        sight_BTS = tokens.prefill_sight(place_1T, low, high, self.layers.divisor)
+        _, keys, values = self.layers(self.history(ids, place_1T), sight_BTS)
         return keys, values
 
 
@@ -148,6 +153,7 @@ class _Decode(nn.Module):
         super().__init__()
         self.model = model
         self.history = _History(model)
+        self.layers = _layers(model, answers=True)
         self.timed = bool(model.config.time_buckets)
 
     def forward(
@@ -156,8 +162,9 @@ class _Decode(nn.Module):
         past_values: Tensor,
         past_lengths: Tensor,
         ids: Tensor,
-        low: Tensor,
-        high: Tensor,
+        low: Tensor | None = None,
+        high: Tensor | None = None,
+        *,
         candidate_items: Tensor,
         candidate_low: Tensor,
         candidate_high: Tensor,
@@ -168,15 +175,15 @@ class _Decode(nn.Module):
         model = self.model
         past = Past(past_keys, past_values, past_lengths)
         place_BT = tokens.token_places(ids, past)
-        sight = tokens.candidate_sight(
-            place_BT, low, high, candidate_low, candidate_high, past, model.config.divisor
-        )
         item_BCD = model.candidates(model.item_content(candidate_items), candidate_features)
         x_BCD = self._targets(item_BCD, context_features, candidate_bucket)
-        x_BRD = torch.cat([self.history(ids, place_BT), x_BCD], dim=1)
-        x_BRD, keys, values = tokens.run_hstu(model.stack, x_BRD, sight, past)
-        scores_BCO = model.logits(x_BRD[:, sight.tokens :], model.item_mlp(item_BCD))
-        return scores_BCO, keys, values
+        sights = tokens.candidate_sights(
+            place_BT, low, high, candidate_low, candidate_high, past, self.layers.divisor
+        )
+        x_BCD, keys, values = self.layers.with_candidates(
+            self.history(ids, place_BT), x_BCD, *sights, past
+        )
+        return model.logits(x_BCD, model.item_mlp(item_BCD)), keys, values
 
     def _targets(
         self, item_BCD: Tensor, context_BG: Tensor | None, bucket_B: Tensor | None

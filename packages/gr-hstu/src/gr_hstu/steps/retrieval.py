@@ -1,12 +1,13 @@
 """`HSTURetrieval` in steps.
 
 Shapes: B batch, W ids of a token, T tokens given, P tokens cached, S = P + T keys, C candidates,
-D model width, M layers, I rows of a table of biases.
+R rows, D model width, M layers, I rows of a table of biases.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -23,6 +24,7 @@ from gr_hstu.models import HSTURetrieval
 from gr_hstu.modules.bias import RelativeBias, RelativeIndex, relative_index
 from gr_hstu.modules.hstu import HSTULayer
 from gr_hstu.steps import tokens
+from gr_hstu.steps.layers import Answer, Layers
 from gr_hstu.steps.tokens import Past
 
 LENGTHS, TIMES, NEXT_TIMES, PAST_TIMES = "lengths", "times", "next_times", "past_times"
@@ -45,14 +47,14 @@ class RetrievalSteps:
     def prefill(self, task: Task) -> Step:
         answers = task is Task.RETRIEVE
         inputs = [tokens.jagged(tokens.IDS, "int32", TOKEN, self._width)]
-        # K and V of the first layer depend on no other token.
+        # Of the last layer only K and V are read where nothing answers.
         if answers or self._kv[0] > 1:
             inputs += [*tokens.interval_specs(), *self._times()]
         outputs = tokens.kv_specs(*self._kv)
         if answers:
             inputs.append(ArraySpec(LENGTHS, "int32"))
             outputs = (self._user(), *outputs)
-        return Step(_Prefill(self._module).eval(), tuple(inputs), outputs)
+        return Step(_Prefill(self._module, answers=answers).eval(), tuple(inputs), outputs)
 
     def decode(self, task: Task) -> Step:
         inputs = [
@@ -99,22 +101,41 @@ class RetrievalSteps:
         return arrays
 
 
+class _Biases(nn.Module):
+    """`RelativeBias` of layers (M, B, R, S), each pair being looked up once for all."""
+
+    position_IM: Tensor
+    time_IM: Tensor
+
+    def __init__(self, layers: Sequence[HSTULayer]) -> None:
+        super().__init__()
+        biases = [cast("RelativeBias", layer.relative_bias) for layer in layers]
+        positions: list[Tensor] = [bias.position_weight for bias in biases]
+        times: list[Tensor] = [bias.time_weight for bias in biases]
+        self.register_buffer("position_IM", torch.stack(positions, dim=1))
+        self.register_buffer("time_IM", torch.stack(times, dim=1))
+
+    def forward(self, index: RelativeIndex) -> Tensor:
+        bias_BRSM = F.embedding(index.position_BTS, self.position_IM)
+        bias_BRSM = bias_BRSM + F.embedding(index.time_BTS, self.time_IM)
+        return bias_BRSM.permute(3, 0, 1, 2)
+
+
 class _Encoder(nn.Module):
-    """From ids to the stack's output, K and V."""
+    """From ids to the user, K and V."""
 
-    position_bias_IM: Tensor
-    time_bias_IM: Tensor
-
-    def __init__(self, model: HSTURetrieval) -> None:
+    def __init__(self, model: HSTURetrieval, *, answers: bool) -> None:
         super().__init__()
         self.model = model
-        if model.config.relative_bias:
-            layers = cast("Iterable[HSTULayer]", model.stack.layers)
-            biases = [cast("RelativeBias", layer.relative_bias) for layer in layers]
-            positions: list[Tensor] = [bias.position_weight for bias in biases]
-            times: list[Tensor] = [bias.time_weight for bias in biases]
-            self.register_buffer("position_bias_IM", torch.stack(positions, dim=1))
-            self.register_buffer("time_bias_IM", torch.stack(times, dim=1))
+        config = model.config
+        self.layers = Layers(
+            model.stack, alpha=config.scale, divisor=config.divisor, answers=answers
+        )
+        self.first_biases = self.last_bias = None
+        if config.relative_bias:
+            first = list(cast("Iterable[HSTULayer]", self.layers.first))
+            self.first_biases = _Biases(first) if first else None
+            self.last_bias = _Biases([self.layers.last]) if answers else None
 
     def forward(
         self,
@@ -123,49 +144,69 @@ class _Encoder(nn.Module):
         high_BT: Tensor | None,
         times_BT: Tensor | None,
         next_times_BT: Tensor | None,
-        past: Past | None,
-        past_times_BP: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Y (B, T, D), K (B, M, T, H, K), V (B, M, T, H, V)."""
+        lengths_B: Tensor | None,
+        past: Past | None = None,
+        past_times_BP: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """The users (B, D) if there are lengths, K (B, M, T, H, K), V (B, M, T, H, V)."""
         model, config = self.model, self.model.config
         place_BT = tokens.token_places(ids_BTW, past)
-        sight = tokens.history_sight(place_BT, low_BT, high_BT, past, config.divisor)
-        # Padded tokens may stand beyond the last position.
-        position_BT = place_BT.clamp(max=config.max_seq_len - 1)
-        bias_MBTS = None
-        if times_BT is not None and next_times_BT is not None:
-            key_times_BS = times_BT
-            if past_times_BP is not None:
-                key_times_BS = torch.cat([past_times_BP, times_BT], dim=1)
+        key_BS = tokens.key_places(place_BT, past)
+        key_times_BS = times_BT
+        if times_BT is not None and past_times_BP is not None:
+            key_times_BS = torch.cat([past_times_BP, times_BT], dim=1)
+        # Padded tokens may stand beyond the last position, padded keys before the first.
+        most = config.max_seq_len - 1
+        key_position_BS = key_BS.clamp(min=0, max=most)
+
+        def related(
+            place_BR: Tensor, rows: Callable[[Tensor], Tensor], biases: _Biases | None
+        ) -> tuple[Tensor, Tensor | None]:
+            """Whom some of the tokens see, and biases (M, B, R, S)."""
+            assert low_BT is not None
+            assert high_BT is not None
+            sight_BRS = tokens.history_sight(
+                place_BR, rows(low_BT), rows(high_BT), key_BS, config.divisor
+            )
+            if biases is None or key_times_BS is None or next_times_BT is None:
+                return sight_BRS, None
             index = relative_index(
-                position_BT,
-                next_times_BT,
-                tokens.key_places(place_BT, past).clamp(min=0, max=config.max_seq_len - 1),
+                place_BR.clamp(max=most),
+                rows(next_times_BT),
+                key_position_BS,
                 key_times_BS,
                 num_positions=config.max_seq_len,
                 num_buckets=config.time_bias_buckets,
             )
-            bias_MBTS = self.biases(index)
-        x_BTD = model.placed(ids_BTW[..., 0], ids_BTW[..., 1:], position_BT)
-        return tokens.run_hstu(model.stack, x_BTD, sight, past, bias_MBTS)
+            return sight_BRS, biases(index)
 
-    def biases(self, index: RelativeIndex) -> Tensor:
-        """`RelativeBias` of all layers (M, B, T, S), each pair being looked up once for all."""
-        bias_BTSM = F.embedding(index.position_BTS, self.position_bias_IM)
-        bias_BTSM = bias_BTSM + F.embedding(index.time_BTS, self.time_bias_IM)
-        return bias_BTSM.permute(3, 0, 1, 2)
+        sight_BTS = bias_MBTS = answer = None
+        if len(self.layers.first):
+            sight_BTS, bias_MBTS = related(place_BT, lambda all_BT: all_BT, self.first_biases)
+        if lengths_B is not None:
+            last_B1 = (lengths_B - 1).clamp(min=0)[:, None]
+            rows = partial(_at, last_B1.long())
+            sight_B1S, bias_MB1S = related(place_BT[:, :1] + last_B1, rows, self.last_bias)
+            answer = Answer(rows, sight_B1S, None if bias_MB1S is None else bias_MB1S[0])
+        x_BTD = model.placed(ids_BTW[..., 0], ids_BTW[..., 1:], place_BT.clamp(max=most))
+        x_BRD, keys, values = self.layers(x_BTD, sight_BTS, past, answer, bias_MBRS=bias_MBTS)
+        if lengths_B is None:
+            return None, keys, values
+        user_BD = model.normalize_user(x_BRD.squeeze(1))
+        return torch.where(lengths_B[:, None] > 0, user_BD, 0.0), keys, values
 
-    def user(self, x_BTD: Tensor, lengths_B: Tensor) -> Tensor:
-        """The users (B, D) after the last tokens, zeros without any."""
-        last_B11 = (lengths_B.long() - 1).clamp(min=0)[:, None, None]
-        last_BD = x_BTD.gather(1, last_B11.expand(-1, 1, x_BTD.shape[-1])).squeeze(1)
-        return torch.where(lengths_B[:, None] > 0, self.model.normalize_user(last_BD), 0.0)
+
+def _at(place_B1: Tensor, rows_BT: Tensor) -> Tensor:
+    """One row (B, 1, ...) of each of the batch (B, T, ...)."""
+    columns = rows_BT.shape[2:]
+    index = place_B1.reshape(-1, 1, *(1 for _ in columns)).expand(-1, 1, *columns)
+    return rows_BT.gather(1, index)
 
 
 class _Prefill(nn.Module):
-    def __init__(self, model: HSTURetrieval) -> None:
+    def __init__(self, model: HSTURetrieval, *, answers: bool) -> None:
         super().__init__()
-        self.encoder = _Encoder(model)
+        self.encoder = _Encoder(model, answers=answers)
 
     def forward(
         self,
@@ -176,17 +217,15 @@ class _Prefill(nn.Module):
         next_times: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        x_BTD, keys, values = self.encoder(ids, low, high, times, next_times, None, None)
-        if lengths is None:
-            return keys, values
-        return self.encoder.user(x_BTD, lengths), keys, values
+        user, keys, values = self.encoder(ids, low, high, times, next_times, lengths)
+        return (keys, values) if user is None else (user, keys, values)
 
 
 class _Decode(nn.Module):
     def __init__(self, model: HSTURetrieval) -> None:
         super().__init__()
         self.model = model
-        self.encoder = _Encoder(model)
+        self.encoder = _Encoder(model, answers=True)
 
     def forward(
         self,
@@ -203,8 +242,9 @@ class _Decode(nn.Module):
         candidate_items: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         past = Past(past_keys, past_values, past_lengths)
-        x_BTD, keys, values = self.encoder(ids, low, high, times, next_times, past, past_times)
-        answer = self.encoder.user(x_BTD, lengths)
+        answer, keys, values = self.encoder(
+            ids, low, high, times, next_times, lengths, past, past_times
+        )
         if candidate_items is not None:
             answer = self.model.item_vectors(candidate_items) @ answer[..., None]
         return answer, keys, values
