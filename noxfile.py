@@ -136,7 +136,7 @@ def triton(session: nox.Session) -> None:
         everything = session.cache_dir.parent / "workbench" / "bin" / "python"
         if everything.exists():  # `gr serve` with all engines there are
             given = ["--python", str(everything), *given]
-        session.run("python", "benchmarks/triton.py", *given)
+        session.run("python", "benchmarks/triton_server.py", *given)
         return
     session.run("python", "-m", "pytest", "tests/triton", *NO_GPU, *session.posargs)
 

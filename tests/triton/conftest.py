@@ -64,7 +64,8 @@ def exported(gr: Gr, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, P
     for name, task in ((RETRIEVAL, "retrieve"), (RANKING, "rank")):
         gr(
             *("export", "--model", name, "--models", BUNDLES, "--format", "triton-repository"),
-            *("--out", str(folder / name), "--task", task, "--option", "engine_threads=1"),
+            *("--out", str(folder / name), "--task", task),
+            *("--option", "engine_threads=1", "--option", "steps=false"),
         )
     return {name: folder / name for name in (RETRIEVAL, RANKING)}
 

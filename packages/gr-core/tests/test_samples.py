@@ -68,6 +68,9 @@ def test_rows_and_columns_are_the_same_history():
         ({"candidates": [[1]]}, ["request.candidates"]),
         ({"include_seen": "yes"}, ["request.include_seen"]),
         ({"deadline": 3}, ["request.deadline"]),
+        ({"history": {"item_ids": [1], "timestamps_ms": [10**30]}}, ["request.history"]),
+        ({"head_weights": {"like": "much"}}, ["request.head_weights"]),
+        ({"head_weights": {"like": 10**400}}, ["request.head_weights"]),
     ],
 )
 def test_wrong_requests_name_their_fields(data: object, fields: list[str]):
@@ -78,7 +81,7 @@ def test_wrong_requests_name_their_fields(data: object, fields: list[str]):
 
 @given(
     st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(),
         lambda inner: (
             st.lists(inner, max_size=3)
             | st.dictionaries(

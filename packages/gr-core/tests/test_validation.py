@@ -135,6 +135,7 @@ def test_what_is_right_is_let_through(fields: dict[str, Any]) -> None:
         ),
         ({"user_features": {"age": np.nan}}, "user_features['age']", "nan, expected a finite"),
         ({"context_features": {"t": np.inf}}, "context_features['t']", "inf, expected a finite"),
+        ({"user_features": {"age": 10**400}}, "user_features['age']", "expected at most 2^63 - 1"),
         (
             {"context_features": dict.fromkeys("abcd", 1)},
             "context_features",

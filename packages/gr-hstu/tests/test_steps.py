@@ -96,6 +96,8 @@ VARIANTS: dict[str, Config] = {
     "research without signals": research(signal_cardinalities=(), concat_ua=True),
     "research of few times": research(time_bias_buckets=5, user_norm="layer_norm", alpha=0.5),
     "research of one layer": research(num_layers=1),
+    "research of one layer, without bias": research(num_layers=1, relative_bias=False),
+    "research of three layers": research(num_layers=3, projection_activation="none"),
     "ranking": ranking(),
     "ranking, contextual": ranking(contextual_mask=True),
     "ranking, windowed": ranking(max_attn_len=3),
@@ -414,6 +416,31 @@ def test_every_input_is_read(name: str, task: Task) -> None:
         graph.eliminate_dead_code()
         read = [bool(node.users) for node in graph.nodes if node.op == "placeholder"]
         assert [name for name, used in zip(names, read, strict=True) if not used] == []
+
+
+@pytest.mark.parametrize(("name", "task"), TASKS, ids=str)
+@torch.no_grad()
+def test_the_last_layer_computes_only_what_is_read(name: str, task: Task) -> None:
+    """Outputs of the rows that answer alone; of the other rows K and V."""
+    opened = Opened(VARIANTS[name], task)
+    request = opened.request(np.random.default_rng(2), (6, 3, 2))
+    sequence = opened.jagged.sequence(request)
+    layers: list[Any] = list(opened.module.stack.layers)
+    rows: list[int] = []
+    for layer in layers:
+        layer.output.register_forward_hook(lambda _, given, __: rows.append(given[0].shape[1]))
+    layers[-1].uvqk.register_forward_hook(lambda *_: pytest.fail("all of the last layer"))
+
+    (kv,) = run(opened.steps.prefill(task), [opened.steps.arrays(request, sequence, 0)])
+    tokens = sequence.history
+    answering = [1] if task is Task.RETRIEVE else []
+    assert rows == [tokens] * (len(layers) - 1) + answering
+
+    rows.clear()
+    run(opened.steps.decode(task), [with_past(opened, request, sequence, kv, 2)])
+    candidates = 0 if opened.retrieves else 3
+    given = tokens - 2 + candidates
+    assert rows == [given] * (len(layers) - 1) + [candidates or 1]
 
 
 def kv_shape(opened: Opened) -> tuple[int, int, int, int]:

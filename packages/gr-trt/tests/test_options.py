@@ -23,6 +23,7 @@ def test_each_part_takes_its_own() -> None:
     [
         (OnnxOptions, {"opste": 20}, "who has no option 'opste'; there are: opset, tasks"),
         (OnnxOptions, {"opset": "x"}, "who: option opset is 'x'; expected 18 to 23"),
+        (OnnxOptions, {"steps": 1}, "steps is 1; expected true or false"),
         (OnnxOptions, {"max_candidates": 0}, "max_candidates is 0; expected at least 1"),
         (OnnxOptions, {"inline_bytes": -1}, "inline_bytes is -1; expected at least 0"),
         (OnnxOptions, {"tasks": ["dance"]}, "tasks is .'dance'.; expected a list of retrieve"),

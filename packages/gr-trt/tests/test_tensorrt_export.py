@@ -515,3 +515,9 @@ def test_a_full_disk(source: Path, model: TinyTorchModel, cache: Path) -> None:
     assert "retrieve.plan: no room for" in found.stdout
     assert not list(out.parent.iterdir()), "nothing half-written"
     assert not [file for file in cache.rglob("*") if file.is_file()]
+
+
+def test_int8_for_cpus_is_not_read(source: Path, model: TinyTorchModel) -> None:
+    made = replace(Ensemble.read(source), dtype="int8", notes={"int8": {"activations": "uint8"}})
+    made.write(source)
+    assert "int8 is made for CPUs (activations uint8), which TensorRT" in refusal(source, model)

@@ -62,7 +62,7 @@ def request_of(data: Any, where: str = "request") -> RecommendRequest:
             values[key] = _CONVERT[key](value)
         except InvalidRequest as error:
             violations += [Violation(f"{where}.{v.field}", v.message) for v in error.violations]
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             violations.append(Violation(f"{where}.{key}", _explained(value, error)))
     if violations:
         raise InvalidRequest(violations)
@@ -142,6 +142,13 @@ def _table(value: Any) -> Mapping[str, Any]:
     return value
 
 
+def _weights(value: Any) -> Mapping[str, float]:
+    weights = _table(value)
+    if any(type(weight) not in (int, float) for weight in weights.values()):
+        raise TypeError("expected numbers by head")
+    return {name: float(weight) for name, weight in weights.items()}
+
+
 def _item_ids(value: Any) -> ItemIds:
     if not isinstance(value, list) or not all(type(i) in (int, str) for i in value):
         raise TypeError("expected a list of item ids, integers or text")
@@ -176,7 +183,7 @@ def _history_of_rows(values: Sequence[Any]) -> History:
             (item,) = _item_ids([row["item_id"]]).tolist()
             signals = {name: float(v) for name, v in _table(row.get("signals", {})).items()}
             rows.append(Behaviour(item, _whole(row["timestamp_ms"]), signals))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             violations.append(Violation(f"history[{index}]", _explained(value, error)))
     if violations:
         raise InvalidRequest(violations)
@@ -205,7 +212,7 @@ _CONVERT: Mapping[str, Callable[[Any], Any]] = {
     "request_time_ms": lambda value: None if value is None else _whole(value),
     "include_seen": _flag,
     "exclude_item_ids": _item_ids,
-    "head_weights": _table,
+    "head_weights": _weights,
     "request_id": _text,
     "history_handle": _base64,
 }

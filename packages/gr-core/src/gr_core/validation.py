@@ -12,6 +12,7 @@ import numpy.typing as npt
 from gr_core.errors import Violation
 from gr_core.types import ItemIds, RecommendRequest
 
+_MAX_INTEGER = 2**63 - 1
 _FUTURE_MS = 24 * 3600 * 1000
 """Clocks differ; a time further ahead of ours than this is a mistake."""
 _MAX_NAMED = 10
@@ -74,6 +75,10 @@ def violations_of(request: RecommendRequest, limits: Limits) -> list[Violation]:
                 )
             elif isinstance(value, float) and not np.isfinite(value):
                 found.append(Violation(f"{field}[{name!r}]", f"{value}, expected a finite number"))
+            elif isinstance(value, int) and abs(value) > _MAX_INTEGER:
+                found.append(
+                    Violation(f"{field}[{name!r}]", f"{value!r:.40}, expected at most 2^63 - 1")
+                )
     for name, weight in request.head_weights.items():
         if not np.isfinite(weight):
             found.append(

@@ -91,7 +91,7 @@ def _export(model: TorchModel, out_dir: Path, dtype: str, own: OnnxOptions) -> E
     weights: WeightsFile | None = None
     graphs: list[Graph] = []
     try:
-        for source in sources(model, tasks, requests):
+        for source in sources(model, tasks, requests, steps=own.steps):
             file = out_dir / f"{source.name}.onnx"
             example = batch(source.inputs, source.examples[:2])
             onnx_model = to_onnx(source, dtype, own.opset, example)

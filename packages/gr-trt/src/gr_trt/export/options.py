@@ -17,6 +17,8 @@ class OnnxOptions:
     """Version of ONNX's operators; 20 is read by ONNX Runtime from 1.17, TensorRT from 10 on."""
     tasks: Sequence[str] = ()
     """Tasks to make graphs for; empty means all of the bundle."""
+    steps: bool = True
+    """Whether to make the graphs ``prefill`` and ``decode`` too, which reuse of K and V takes."""
     max_candidates: int = 1024
     """Candidates of a request that the graphs are said to take, a bound of TensorRT's profiles."""
     inline_bytes: int = 64 * _MIB
@@ -29,6 +31,8 @@ class OnnxOptions:
         names = [task.value for task in Task]
         if isinstance(self.tasks, str) or any(task not in names for task in self.tasks):
             raise ValueError(f"tasks is {self.tasks!r}; expected a list of {', '.join(names)}")
+        if not isinstance(self.steps, bool):
+            raise ValueError(f"steps is {self.steps!r}; expected true or false")
         if not isinstance(self.max_candidates, int) or self.max_candidates < 1:
             raise ValueError(f"max_candidates is {self.max_candidates!r}; expected at least 1")
         if not isinstance(self.inline_bytes, int) or self.inline_bytes < 0:

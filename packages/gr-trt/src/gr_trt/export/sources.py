@@ -92,12 +92,16 @@ class TopK(nn.Module):
 
 
 def sources(
-    model: TorchModel, tasks: Sequence[Task], requests: Mapping[Task, Sequence[EncodedRequest]]
+    model: TorchModel,
+    tasks: Sequence[Task],
+    requests: Mapping[Task, Sequence[EncodedRequest]],
+    *,
+    steps: bool = True,
 ) -> Iterator[Source]:
-    """All graphs of a model; those in steps where it offers them."""
+    """All graphs of a model; those in steps where they are wanted and it offers them."""
     for task in tasks:
         yield _single_pass(model, task, requests[task])
-    if isinstance(model, SteppedModel):
+    if steps and isinstance(model, SteppedModel):
         yield from _steps(model, tasks, requests)
     if Task.RETRIEVE in tasks:
         yield _top_k(model)

@@ -116,7 +116,7 @@ def _session(file: Path, dtype: str) -> tuple[Any, str]:
     graph: str | bytes = str(file)
     if dtype == "bfloat16":
         # It has no such kernels on CPUs: same graph, same rounded weights, wider arithmetic.
-        graph = _widened(onnx.load(graph)).SerializeToString()
+        graph = _widened(onnx.load(file)).SerializeToString()
     try:
         session = ort.InferenceSession(graph, options, providers=providers)
     except Exception as error:

@@ -63,6 +63,11 @@ class TensorRTExporter:
         own = own_options(BuildOptions, options.extra, "exporter tensorrt")
         goal = _goal(own, options.device)
         ensemble = Ensemble.read(artifact.path)
+        if ensemble.notes.get("int8", {}).get("activations") == "uint8":
+            raise PlanError(
+                f"{artifact.path}: its int8 is made for CPUs (activations uint8), which TensorRT "
+                "does not read; export with --target or --device cuda, or --option activations=int8"
+            )
         began = time.monotonic()
         made: list[Graph] = []
         notes: dict[str, Any] = {}

@@ -56,12 +56,7 @@ class Features:
 
     def row(self, text: bytes) -> Row:
         """Raises `InvalidRequest`."""
-        try:
-            return self._row(self._checked(_parsed(text)))
-        except OverflowError:
-            raise InvalidRequest(
-                [Violation("request", "has a number that does not fit in 64 bits")]
-            ) from None
+        return self._row(self._checked(_parsed(text)))
 
     def _row(self, request: RecommendRequest) -> Row:
         encoding = self._model.encode(request, self._task)
@@ -118,13 +113,7 @@ class Features:
 
     def _checked(self, request: RecommendRequest) -> RecommendRequest:
         """The request with its time and a name. Raises `InvalidRequest`."""
-        no_numbers = _not_numbers(request)
-        found = self._misplaced(request) + no_numbers
-        if not no_numbers:
-            weights = {name: float(weight) for name, weight in request.head_weights.items()}
-            request = replace(request, head_weights=weights)
-            found += violations_of(request, self._limits)
-        if found:
+        if found := [*self._misplaced(request), *violations_of(request, self._limits)]:
             raise InvalidRequest(found)
         now = time.time_ns() // 1_000_000
         return replace(
@@ -175,14 +164,6 @@ def _parsed(text: bytes) -> RecommendRequest:
         raise InvalidRequest([Violation("request", "nested too deeply")]) from None
     except ValueError as error:
         raise InvalidRequest([Violation("request", f"is not JSON: {error}")]) from None
-
-
-def _not_numbers(request: RecommendRequest) -> list[Violation]:
-    return [
-        Violation(f"head_weights[{name!r}]", f"{weight!r:.60}, expected a number")
-        for name, weight in request.head_weights.items()
-        if type(weight) not in (int, float)
-    ]
 
 
 def _excluded(model: Model, request: RecommendRequest) -> IntArray:

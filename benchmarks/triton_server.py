@@ -1,7 +1,7 @@
 """Triton Inference Server beside `gr serve`, with the models that gr-hstu ships.
 
     nox -s triton -- --bench                  in the environment that has tritonserver
-    python benchmarks/triton.py --quick       a short look
+    python benchmarks/triton_server.py --quick       a short look
 
 Triton serves what `gr export --format triton-repository` writes, with the backend `python`: the
 platform's engine onnxruntime in three steps. `gr serve` runs with the strategies `onnxruntime` and
