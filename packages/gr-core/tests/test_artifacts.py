@@ -151,6 +151,9 @@ def test_whatever_an_artifact_depends_on_makes_another(
     revised = tuple(replace(step, revision="2") for step in chain.plan.exporters)
     made.add(materialize(replace(chain.plan, exporters=revised), model, folder, {}).path)
 
+    of_another = replace(chain.plan.model, revision="2")
+    made.add(materialize(replace(chain.plan, model=of_another), model, folder, {}).path)
+
     newer = MeanModel(write_model(tmp_path / "repository", version="2"))
     made.add(materialize(chain.plan, newer, folder, {}).path)
 
@@ -160,8 +163,8 @@ def test_whatever_an_artifact_depends_on_makes_another(
     imported = MeanModel(retrained)
     imported.notes = ("weights: the checkpoint open.pt",)
     made.add(materialize(chain.plan, imported, folder, {}).path)
-    assert len(made) == 8
-    assert len(chain.calls) == 16
+    assert len(made) == 9
+    assert len(chain.calls) == 18
 
 
 class Reader(MeanEngine):

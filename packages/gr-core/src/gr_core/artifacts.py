@@ -91,6 +91,7 @@ def _places(
     """Where each exporter's artifact is kept."""
     key = hashlib.sha256((model.bundle.path / CONFIG).read_bytes())
     key.update(repr(list(model.notes)).encode())  # say which of its sources the weights are from
+    key.update(plan.model.revision.encode())
     parent = (folder or cache_folder() / "artifacts") / model.bundle.name
     for descriptor in plan.exporters:
         key.update(_step(descriptor, options))

@@ -12,6 +12,7 @@ from gr_core import (
     Task,
     hookimpl,
 )
+from gr_hstu._version import __version__
 
 
 def _probe_torch() -> tuple[bool, str]:
@@ -37,6 +38,7 @@ def gr_register_models() -> Iterable[ModelDescriptor]:
             name="hstu",
             factory="gr_hstu.model:load_hstu",
             tasks=(Task.RETRIEVE, Task.RANK),
+            revision=__version__,
             summary="HSTU (arXiv 2402.17152), research and ranking variants",
             probe=_probe_torch,
         ),
@@ -44,6 +46,7 @@ def gr_register_models() -> Iterable[ModelDescriptor]:
             name="mtgr",
             factory="gr_hstu.model:load_mtgr",
             tasks=(Task.RANK,),
+            revision=__version__,
             summary="MTGR (arXiv 2505.18654), ranking with cross features",
             probe=_probe_torch,
         ),

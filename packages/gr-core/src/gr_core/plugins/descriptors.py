@@ -46,6 +46,9 @@ class ModelDescriptor(Descriptor):
     tasks: tuple[Task, ...]
     formats: tuple[str, ...] = ("torch",)
     """Formats of the artifact that a bundle of this architecture already is."""
+    revision: str = "1"
+    """Artifacts that were made of a model of another revision are made again. The version of the
+    plugin will do, whose modules are what exporters compile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
