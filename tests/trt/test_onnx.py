@@ -136,6 +136,8 @@ def test_graphs_say_what_they_are(
         assert facts["gr.architecture"] == model.bundle.architecture
         assert (facts["gr.version"], facts["gr.role"]) == ("1", graph.role.value)
         assert json.loads(facts["gr.tasks"]) == [task.value for task in graph.tasks]
+        assert json.loads(facts["gr.features"]) == json.loads(json.dumps(model.bundle.features))
+        assert json.loads(facts["gr.parity"])["max_error"] <= 1e-5
         assert proto.ir_version == ensemble.ir_version
         assert proto.opset_import[0].version == ensemble.opset
         for values, tensors in (

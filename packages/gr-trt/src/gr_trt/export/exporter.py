@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from gr_core.contracts import Artifact, ExportOptions, Model, TorchModel
@@ -18,9 +19,9 @@ from gr_trt.export.torch_export import (
     WeightsFile,
     batch,
     in_precision,
-    properties,
     save,
     to_onnx,
+    weight_bytes,
 )
 from gr_trt.export.verify import verify
 from gr_trt.options import own_options
@@ -87,35 +88,26 @@ def _export(model: TorchModel, out_dir: Path, dtype: str, own: OnnxOptions) -> E
         "architecture": bundle.architecture,
         "identity": ensemble.identity,
         "dtype": dtype,
+        "features": dict(bundle.features),
     }
-    weights: WeightsFile | None = None
     graphs: list[Graph] = []
-    try:
+    with closing(WeightsFile(out_dir)) as weights:
         for source in sources(model, tasks, requests, steps=own.steps):
             file = out_dir / f"{source.name}.onnx"
-            example = batch(source.inputs, source.examples[:2])
-            onnx_model = to_onnx(source, dtype, own.opset, example)
-            onnx_model.ir_version = IR_VERSION
-            size = sum(
-                value.const_value.nbytes
-                for value in onnx_model.graph.initializers.values()
-                if value.const_value is not None
-            )
-            if size > own.inline_bytes and weights is None:
-                weights = WeightsFile(out_dir)
-            beside = weights if size > own.inline_bytes else None
-            role = {"role": source.role.value, "tasks": [task.value for task in source.tasks]}
-            save(onnx_model, file, beside, properties(facts | role))
-            if weights is not None:
-                weights.flush()
+            graph = to_onnx(source, dtype, own.opset, batch(source.inputs, source.examples[:2]))
+            graph.ir_version = IR_VERSION
+            if weight_bytes(graph) > own.inline_bytes:
+                weights.take(graph)
+            save(graph, file, facts | {"role": source.role, "tasks": list(source.tasks)})
             parity = verify(file, source, dtype)
+            save(graph, file, {"parity": asdict(parity)})
             logger.info(
                 "%s/%s: %s in %s, %d nodes, differs from torch by %.2g (%g allowed)",
                 bundle.name,
                 bundle.version,
                 file.name,
                 dtype,
-                len(onnx_model.graph),
+                len(graph.graph),
                 parity.max_error,
                 parity.tolerance,
             )
@@ -130,9 +122,6 @@ def _export(model: TorchModel, out_dir: Path, dtype: str, own: OnnxOptions) -> E
                     parity=parity,
                 )
             )
-    finally:
-        if weights is not None:
-            weights.close()
     ensemble = replace(ensemble, graphs=tuple(graphs))
     ensemble.write(out_dir)
     return ensemble

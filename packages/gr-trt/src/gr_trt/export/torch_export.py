@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import io
 import json
 import logging
 import warnings
@@ -140,22 +139,21 @@ def _named(model: ir.Model, source: Source) -> None:
             value.shape = ir.Shape([*lead, *tensor.axes])
 
 
-def save(
-    model: ir.Model, path: Path, weights: WeightsFile | None, metadata: Mapping[str, str]
-) -> None:
-    """Writes the graph; its large tensors go to the file of weights, if there is one."""
-    model.metadata_props.update(metadata)
+def save(model: ir.Model, path: Path, facts: Mapping[str, Any]) -> None:
+    """Writes the graph with facts in its metadata: texts as they are, all else as JSON."""
+    for name, fact in facts.items():
+        model.metadata_props[f"gr.{name}"] = fact if isinstance(fact, str) else json.dumps(fact)
     model.producer_name = "gr-trt"
     for node in model.graph.all_nodes():
         # Traces of where in the source a node came from: they name paths of this machine.
         node.metadata_props.clear()
         node.doc_string = None
-    if weights is not None:
-        for value in model.graph.initializers.values():
-            tensor = value.const_value
-            if tensor is not None and tensor.nbytes >= _INLINE:
-                value.const_value = weights.put(tensor)
     ir.save(model, path)
+
+
+def weight_bytes(model: ir.Model) -> int:
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 class WeightsFile:
@@ -163,41 +161,39 @@ class WeightsFile:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._file: BinaryIO = (folder / WEIGHTS).open("xb")
+        self._file: BinaryIO | None = None
         self._offsets: dict[bytes, int] = {}
 
-    def put(self, tensor: Any) -> ir.ExternalTensor:
-        content = io.BytesIO()
-        tensor.tofile(content)
-        data = content.getbuffer()
+    def take(self, model: ir.Model) -> None:
+        """Moves a graph's large tensors to the file, which is made for the first of them."""
+        if self._file is None:
+            self._file = (self._folder / WEIGHTS).open("xb")
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is not None and tensor.nbytes >= _INLINE:
+                value.const_value = self._put(self._file, tensor)
+        self._file.flush()
+
+    def _put(self, file: BinaryIO, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
+        data = tensor.tobytes()
         digest = hashlib.sha256(data).digest()
         if digest not in self._offsets:
-            self._file.write(b"\0" * (-self._file.tell() % _PAGE))
-            self._offsets[digest] = self._file.tell()
-            self._file.write(data)
+            file.write(b"\0" * (-file.tell() % _PAGE))
+            self._offsets[digest] = file.tell()
+            file.write(data)
         return ir.ExternalTensor(
             location=WEIGHTS,
             offset=self._offsets[digest],
             length=len(data),
             dtype=tensor.dtype,
-            shape=tensor.shape,
-            name=tensor.name,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=str(tensor.name),
             base_dir=self._folder,
         )
 
-    def flush(self) -> None:
-        self._file.flush()
-
     def close(self) -> None:
-        self._file.close()
-
-
-def properties(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Metadata of a graph: texts as they are, everything else as JSON."""
-    return {
-        f"gr.{name}": fact if isinstance(fact, str) else json.dumps(fact)
-        for name, fact in facts.items()
-    }
+        if self._file is not None:
+            self._file.close()
 
 
 @contextlib.contextmanager

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +110,12 @@ class _Writer:
 
     def write(self, graph: Graph) -> Graph:
         """The graph in 8 bits, compared with torch."""
+        from gr_trt.export.torch_export import save
         from gr_trt.export.verify import verify
 
         file = self._out / graph.file
         model = onnx.load(str(self._source / graph.file))
-        metadata = {entry.key: entry.value for entry in model.metadata_props}
+        metadata = list(model.metadata_props)
         kept = graph.role is Role.TOP_K and not self._options.quantize_top_k
         prepare(model, fuse_biases=self._activations == "uint8")
         names = [] if kept else products(model, self._options.keep_float)
@@ -137,7 +138,9 @@ class _Writer:
             if self._activations == "uint8":
                 quantize_early(model)
                 tables = quantize_tables(model) if self._options.quantize_embeddings else 0
-            self._save(model, file, metadata)
+            del model.metadata_props[:]
+            model.metadata_props.extend(metadata)
+            written = self._write(model, file)
         source = self._sources[graph.name]
         some = source.examples[:: max(1, len(source.examples) // _VERIFIED)]
         bound = self._options.max_error
@@ -148,6 +151,8 @@ class _Writer:
                 f"largest magnitude, more than max_error ({bound:g}); name the "
                 "products that have to stay in float32 as keep_float, or use another precision"
             )
+        parity = replace(parity, tolerance=bound)
+        save(written, file, {"parity": asdict(parity)})
         self.facts[graph.name] = {
             "products": len(names),
             "tables": tables,
@@ -161,7 +166,7 @@ class _Writer:
             tables,
             parity.max_error,
         )
-        return replace(graph, parity=replace(parity, tolerance=bound))
+        return replace(graph, parity=parity)
 
     def _feeds(self, graph: Graph) -> Feeds:
         """Batches of one request each: padding would be a part of the ranges."""
@@ -186,15 +191,17 @@ class _Writer:
             for example in single.examples
         ]
 
-    def _save(self, model: onnx.ModelProto, file: Path, metadata: Mapping[str, str]) -> None:
+    def _write(self, model: onnx.ModelProto, file: Path) -> Any:
+        """The graph as it was written, an `onnx_ir.Model`."""
         import onnx_ir as ir
 
         from gr_trt.export.torch_export import save
 
-        del model.metadata_props[:]
-        save(ir.from_proto(model), file, self._weights, {**metadata, "gr.dtype": "int8"})
+        graph = ir.from_proto(model)
         if self._weights is not None:
-            self._weights.flush()
+            self._weights.take(graph)
+        save(graph, file, {"dtype": "int8"})
+        return graph
 
 
 def _requests(
