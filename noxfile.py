@@ -93,7 +93,14 @@ def tests(session: nox.Session, package: str) -> None:
 @nox.session(venv_backend="none", requires=["workbench"])
 def integration(session: nox.Session) -> None:
     """All packages together: the real server, the example plugin, the scaffold."""
-    pytest(session, "tests", *NO_GPU, "--ignore=tests/docs", "--ignore=tests/triton")
+    others = ("docs", "trt", "triton")
+    pytest(session, "tests", *NO_GPU, *(f"--ignore=tests/{name}" for name in others))
+
+
+@nox.session(venv_backend="none", requires=["workbench"])
+def graphs(session: nox.Session) -> None:
+    """Models as ONNX graphs and TensorRT plans, most of which is waiting for torch to export."""
+    pytest(session, "tests/trt", *NO_GPU, "-n", "2", "--dist", "loadfile")
 
 
 @nox.session(venv_backend="none", requires=["workbench"])

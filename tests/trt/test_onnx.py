@@ -47,6 +47,8 @@ def any_bundle(request: pytest.FixtureRequest, tmp_path: Path) -> Bundle:
 
 class TestExporter(ExporterSuite):
     exporter = "onnx"
+    artifacts = "trt"
+    options = {"steps": False}  # noqa: RUF012
 
     @pytest.fixture
     def bundle(self, tmp_path: Path) -> Bundle:
@@ -55,6 +57,7 @@ class TestExporter(ExporterSuite):
 
 class TestEngineInFloat32(EngineSuite):
     engine = "onnxruntime"
+    artifacts = "trt"
     dtype = "float32"
 
     @pytest.fixture
@@ -64,6 +67,7 @@ class TestEngineInFloat32(EngineSuite):
 
 class TestEngineInFloat16(EngineSuite):
     engine = "onnxruntime"
+    artifacts = "trt"
     dtype = "float16"
 
     @pytest.fixture
@@ -155,16 +159,22 @@ def test_graphs_say_what_they_are(
         assert graph.parity.max_error <= 1e-5
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("research", "float16"), ("mtgr", "bfloat16")])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "steps"), [("research", "float16", False), ("mtgr", "bfloat16", True)]
+)
 def test_other_precisions(
-    folders: dict[str, Path], models: dict[str, HSTUModel], tmp_path: Path, kind: str, dtype: str
+    folders: dict[str, Path],
+    models: dict[str, HSTUModel],
+    tmp_path: Path,
+    kind: str,
+    dtype: str,
+    steps: bool,
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
     task = "retrieve" if kind == "research" else "rank"
-    ensemble = export(models[kind], out, dtype, tasks=[task])
-    wide = sum(f.stat().st_size for f in folders[kind].glob(f"{task}*.onnx"))
-    narrow = sum(f.stat().st_size for f in out.glob(f"{task}*.onnx"))
+    ensemble = export(models[kind], out, dtype, tasks=[task], steps=steps)
+    narrow, wide = ((folder / f"{task}.onnx").stat().st_size for folder in (out, folders[kind]))
     assert narrow < wide
     for graph in ensemble.graphs:
         assert graph.parity is not None

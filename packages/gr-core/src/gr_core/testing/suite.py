@@ -29,6 +29,8 @@ class Suite:
 
     skip: ClassVar[Mapping[str, str]] = {}
     """Cases left out, by name without ``test_``, each with its reason."""
+    artifacts: ClassVar[str] = ""
+    """Suites that give the same name share what they export; else each class has its own."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -61,8 +63,9 @@ class Suite:
     def _cache_folder(
         self, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Artifacts are kept for the tests of one class, and never in the user's cache."""
-        folder = tmp_path_factory.getbasetemp() / "gr-cache" / type(self).__qualname__
+        """Artifacts are kept for the tests of a class or of several, never in the user's cache."""
+        name = self.artifacts or type(self).__qualname__
+        folder = tmp_path_factory.getbasetemp() / "gr-cache" / name
         monkeypatch.setenv("GR_CACHE_DIR", str(folder))
 
     @pytest.fixture
