@@ -130,7 +130,17 @@ def minimums(session: nox.Session) -> None:
         session.run("python", "-m", "pytest", f"packages/{package}/tests", *QUICK, *session.posargs)
 
 
-@nox.session(python="3.11")
+# ── On request ────────────────────────────────────────────────────────────────────────────────
+
+
+@nox.session(default=False)
+def demo(session: nox.Session) -> None:
+    """Starts the server with the shipped models and asks it for recommendations over gRPC."""
+    install_editable(session, CONSTRAINTS)
+    session.run("python", "examples/demo.py", *session.posargs)
+
+
+@nox.session(python="3.11", default=False)
 def triton(session: nox.Session) -> None:
     """Repositories for Triton Inference Server in the real server; `-- --bench` measures it."""
     packages = [name for name in PACKAGES if name != "gr-kernels"]
@@ -146,16 +156,6 @@ def triton(session: nox.Session) -> None:
         session.run("python", "benchmarks/triton_server.py", *given)
         return
     session.run("python", "-m", "pytest", "tests/triton", *NO_GPU, *session.posargs)
-
-
-# ── On request ────────────────────────────────────────────────────────────────────────────────
-
-
-@nox.session(default=False)
-def demo(session: nox.Session) -> None:
-    """Starts the server with the shipped models and asks it for recommendations over gRPC."""
-    install_editable(session, CONSTRAINTS)
-    session.run("python", "examples/demo.py", *session.posargs)
 
 
 @nox.session(venv_backend="none", requires=["workbench"], default=False)
