@@ -1,10 +1,14 @@
-"""Nothing of these tests is kept in the user's cache folder."""
+"""Nothing of these tests is kept in the user's cache folder, and no property has a time limit."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("gr", deadline=None)
+settings.load_profile("gr")
 
 
 @pytest.fixture(autouse=True)

@@ -259,7 +259,7 @@ def test_plans_of_another_precision(model: TinyTorchModel, plans: Artifact) -> N
 def test_a_task_without_a_plan(model: TinyTorchModel, copied: Artifact) -> None:
     ensemble = Ensemble.read(copied.path)
     replace(ensemble, graphs=ensemble.graphs[:1]).write(copied.path)
-    assert "has no plan single_pass for rank, only retrieve" in refusal(copied, model)
+    assert "has no graph single_pass for rank, only retrieve" in refusal(copied, model)
 
 
 def test_an_ensemble_that_is_damaged(model: TinyTorchModel, copied: Artifact) -> None:

@@ -5,12 +5,12 @@ Shapes: B requests, D width of a user's representation.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from gr_core.contracts import (
     Artifact,
@@ -24,12 +24,13 @@ from gr_core.contracts import (
     Model,
     TorchModel,
 )
-from gr_core.errors import BundleError, PlanError, Unavailable
+from gr_core.errors import PlanError, Unavailable
 from gr_core.samples import for_task, sample_requests
 from gr_core.steps import PAST_KEYS, USER, SteppedModel
-from gr_core.types import Task
-from gr_trt.ensemble import Ensemble, Graph, Role
-from gr_trt.execution.pages import BLOCK_TOKENS, Pages
+from gr_core.types import FloatArray, IntArray, Task
+from gr_trt.ensemble import Ensemble, Role
+from gr_trt.execution.loading import kv_space, needed, open_folder, results
+from gr_trt.execution.pages import Pages
 from gr_trt.execution.passes import Pass, SinglePass, Stepped, Workspace
 from gr_trt.onnx_runtime.options import OnnxRuntimeOptions
 from gr_trt.onnx_runtime.session import NUMPY_DTYPES, Runtime, Session
@@ -52,8 +53,7 @@ class OnnxRuntimeEngine:
         own = own_options(OnnxRuntimeOptions, options.extra, "engine onnxruntime")
         if not isinstance(model, TorchModel):
             raise PlanError(f"engine onnxruntime: {type(model).__name__} offers no torch module")
-        ensemble = Ensemble.read(artifact.path)
-        _check(artifact, ensemble, model, options)
+        ensemble = open_folder(artifact, model, options.dtype)
         runtime = Runtime.on(options.device, own.provider, options.threads)
         try:
             for task in tasks:
@@ -61,7 +61,7 @@ class OnnxRuntimeEngine:
                     artifact, ensemble, model, task, runtime, options, own
                 )
             if Task.RETRIEVE in tasks:
-                top_k = _graph(artifact, ensemble, Role.TOP_K, Task.RETRIEVE)
+                top_k = needed(artifact, ensemble, Role.TOP_K, Task.RETRIEVE)
                 self._top_k = Session(artifact.path, top_k, runtime)
         except BaseException:
             self.close()
@@ -78,19 +78,12 @@ class OnnxRuntimeEngine:
     def infer(self, batch: Sequence[EncodedRequest]) -> Sequence[InferenceResult]:
         if self._model is None:
             raise Unavailable("engine onnxruntime is closed")
-        task = batch[0].task
-        answers = self._passes[task].answers(batch)
-        if task is not Task.RETRIEVE:
-            return [InferenceResult(a.output, tokens_reused=a.reused) for a in answers]
+        return results(batch, self._passes[batch[0].task].answers(batch), self._search)
+
+    def _search(self, users_BD: npt.NDArray[Any], k: int) -> tuple[FloatArray, IntArray]:
         assert self._top_k is not None
-        users_BD = np.stack([answer.output for answer in answers])
-        best = self._top_k.run({USER: users_BD, "k": np.array(max(r.k for r in batch))})
-        return [
-            InferenceResult(
-                best["scores"][row, : request.k], best["indices"][row, : request.k], answer.reused
-            )
-            for row, (request, answer) in enumerate(zip(batch, answers, strict=True))
-        ]
+        best = self._top_k.run({USER: users_BD, "k": np.array(k)})
+        return best["scores"], best["indices"]
 
     def health(self) -> Health:
         if self._model is None:
@@ -105,29 +98,6 @@ class OnnxRuntimeEngine:
         self._top_k = None
 
 
-def _check(artifact: Artifact, ensemble: Ensemble, model: Model, options: EngineOptions) -> None:
-    """The graphs must have been made of this very bundle, in the precision that is asked for."""
-    if ensemble.identity != model.bundle.identity.hex():
-        raise BundleError(
-            f"{artifact.path}: made of {ensemble.model}/{ensemble.version} with other files than "
-            f"{model.bundle.name}/{model.bundle.version} has now; export the model again"
-        )
-    if ensemble.dtype != options.dtype:
-        raise BundleError(
-            f"{artifact.path}: made in {ensemble.dtype}, asked for {options.dtype}; "
-            f"export the model again with --precision {options.dtype}"
-        )
-
-
-def _graph(artifact: Artifact, ensemble: Ensemble, role: Role, task: Task) -> Graph:
-    if (graph := ensemble.graph(role, task)) is not None:
-        return graph
-    raise BundleError(
-        f"{artifact.path}: has no graph {role.value} for {task.value}, only "
-        f"{', '.join(g.name for g in ensemble.graphs)}; export the model again"
-    )
-
-
 def _load_pass(
     artifact: Artifact,
     ensemble: Ensemble,
@@ -139,43 +109,26 @@ def _load_pass(
 ) -> Pass:
     """In steps where the folder has them: the same graph serves known and new histories."""
     decode = ensemble.graph(Role.DECODE, task)
-    graph = decode or _graph(artifact, ensemble, Role.SINGLE_PASS, task)
-    session = Session(artifact.path, graph, runtime)
     name = f"{model.bundle.name}/{model.bundle.version}"
     if decode is None or not isinstance(model, SteppedModel):
         logger.info("%s: engine onnxruntime, %s in a single pass", name, task.value)
+        graph = needed(artifact, ensemble, Role.SINGLE_PASS, task)
+        session = Session(artifact.path, graph, runtime)
         return SinglePass(session, graph, Workspace(64, 8, own.workspace_bytes))
-    past_keys = next(tensor for tensor in graph.inputs if tensor.name == PAST_KEYS)
-    pages = Pages.of(graph, NUMPY_DTYPES[past_keys.dtype])
-    _, heads, columns = pages.keys
+    past_keys = next(tensor for tensor in decode.inputs if tensor.name == PAST_KEYS)
+    pages = Pages.of(decode, NUMPY_DTYPES[past_keys.dtype])
     space: BlockSpace | None = None
     cache = options.caches.get(CacheKind.USER_KV)
     if own.reuse and isinstance(cache, BlockCache):
-        width = heads * (columns + pages.values[2])
-        stack = model.stack(task)
-        space = cache.space(
-            _namespace(model, artifact, ensemble, runtime),
-            block_tokens=BLOCK_TOKENS,
-            block_bytes=pages.block_bytes,
-            # Multiplications of one layer: projections, and scores with their values.
-            token_cost=2.0 * width * stack.d_model + stack.layers[0].output_weight.numel(),
-            pair_cost=float(width),
-        )
+        made_by = ("onnxruntime", *map(str, runtime.providers), ensemble.dtype)
+        space = kv_space(cache, model, task, pages, *made_by)
     logger.info(
         "%s: engine onnxruntime, %s in steps, K/V cache: %s",
         name,
         task.value,
         "none" if space is None else f"{model.prefix_stability.reusable} histories",
     )
+    _, heads, columns = pages.keys
     limits = Workspace(heads * columns, heads, own.workspace_bytes)
-    return Stepped(model, session, graph, pages, space, limits)
-
-
-def _namespace(model: Model, artifact: Artifact, ensemble: Ensemble, runtime: Runtime) -> bytes:
-    """What all K and V of a loaded model depend on besides the tokens."""
-    digest = hashlib.blake2b(model.bundle.identity, digest_size=32)
-    digest.update(f"|onnxruntime|{runtime.providers}|{ensemble.dtype}|{BLOCK_TOKENS}|".encode())
-    if ensemble.dtype == "int8" or model.bundle.source is not None:
-        # Calibration, or weights from elsewhere, may change without a trace in the bundle.
-        digest.update(os.urandom(32))
-    return digest.digest()
+    session = Session(artifact.path, decode, runtime)
+    return Stepped(model, session, decode, pages, space, limits)

@@ -5,9 +5,7 @@ Shapes: B requests, D width of a user's representation.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,12 +21,13 @@ from gr_core.contracts import (
     Model,
     TorchModel,
 )
-from gr_core.errors import BundleError, FailedPrecondition, PlanError, Unavailable
+from gr_core.errors import FailedPrecondition, PlanError, Unavailable
 from gr_core.samples import for_task, sample_requests
 from gr_core.steps import PAST_KEYS, SteppedModel
 from gr_core.types import Task
 from gr_trt.ensemble import Ensemble, Graph, Role
-from gr_trt.execution.pages import BLOCK_TOKENS, Pages
+from gr_trt.execution.loading import kv_space, needed, open_folder, results
+from gr_trt.execution.pages import Pages
 from gr_trt.execution.passes import Pass, Stepped
 from gr_trt.onnx_runtime.session import NUMPY_DTYPES
 from gr_trt.options import own_options
@@ -60,8 +59,7 @@ class TensorRTEngine:
         self, artifact: Artifact, model: Model, tasks: Sequence[Task], options: EngineOptions
     ) -> None:
         own = own_options(TensorRTOptions, options.extra, "engine tensorrt")
-        ensemble = Ensemble.read(artifact.path)
-        _check(artifact, ensemble, model, options)
+        ensemble = open_folder(artifact, model, options.dtype)
         try:
             for task in tasks:
                 self._passes[task] = self._load_pass(artifact, ensemble, model, task, options, own)
@@ -92,19 +90,8 @@ class TensorRTEngine:
     def infer(self, batch: Sequence[EncodedRequest]) -> Sequence[InferenceResult]:
         if self._model is None:
             raise Unavailable("engine tensorrt is closed")
-        task = batch[0].task
-        answers = self._passes[task].answers(batch)
-        if task is not Task.RETRIEVE:
-            return [InferenceResult(a.output, tokens_reused=a.reused) for a in answers]
-        assert self._top_k is not None
-        users_BD = np.stack([answer.output for answer in answers])
-        scores_BK, indices_BK = self._top_k.search(users_BD, max(r.k for r in batch))
-        return [
-            InferenceResult(
-                scores_BK[row, : request.k], indices_BK[row, : request.k], answer.reused
-            )
-            for row, (request, answer) in enumerate(zip(batch, answers, strict=True))
-        ]
+        search = None if self._top_k is None else self._top_k.search
+        return results(batch, self._passes[batch[0].task].answers(batch), search)
 
     def health(self) -> Health:
         if self._model is None:
@@ -140,12 +127,7 @@ class TensorRTEngine:
             logger.info("%s: engine tensorrt, %s in steps on cached K and V", name, task.value)
             runner = self._open(artifact.path, decode, options, own)
             return _Steps(_stepped(model, ensemble, decode, task, cache, runner), runner)
-        graph = ensemble.graph(Role.SINGLE_PASS, task)
-        if graph is None:
-            raise BundleError(
-                f"{artifact.path}: has no plan single_pass for {task.value}, only "
-                f"{', '.join(g.name for g in ensemble.graphs)}; export the model again"
-            )
+        graph = needed(artifact, ensemble, Role.SINGLE_PASS, task)
         logger.info("%s: engine tensorrt, %s in a single pass", name, task.value)
         runner = self._open(artifact.path, graph, options, own)
         # A decode step is defined for any candidates: those of a request may be computed apart.
@@ -182,42 +164,9 @@ def _stepped(
     past_keys = next(tensor for tensor in graph.inputs if tensor.name == PAST_KEYS)
     # numpy has no bfloat16; every one of its numbers is a float32.
     pages = Pages.of(graph, NUMPY_DTYPES.get(past_keys.dtype, np.float32))
+    built = ensemble.notes.get("tensorrt", {})
+    space = kv_space(cache, model, task, pages, "tensorrt", built.get("version"), ensemble.dtype)
     _, heads, columns = pages.keys
-    stack = model.stack(task)
-    width = heads * (columns + pages.values[2])
-    space = cache.space(
-        _namespace(model, ensemble),
-        block_tokens=BLOCK_TOKENS,
-        block_bytes=pages.block_bytes,
-        # Multiplications of one layer: projections, and scores with their values.
-        token_cost=2.0 * width * stack.d_model + stack.layers[0].output_weight.numel(),
-        pair_cost=float(width),
-    )
     session = PlanSession(runner, graph)
     limits = ProfileLimits(runner.profiles, heads * columns)
     return Stepped(model, session, graph, pages, space, limits)
-
-
-def _namespace(model: Model, ensemble: Ensemble) -> bytes:
-    """What all K and V of a loaded model depend on besides the tokens."""
-    digest = hashlib.blake2b(model.bundle.identity, digest_size=32)
-    built = ensemble.notes.get("tensorrt", {})
-    digest.update(f"|tensorrt|{built.get('version')}|{ensemble.dtype}|{BLOCK_TOKENS}|".encode())
-    if ensemble.dtype == "int8" or model.bundle.source is not None:
-        # Calibration, or weights from elsewhere, may change without a trace in the bundle.
-        digest.update(os.urandom(32))
-    return digest.digest()
-
-
-def _check(artifact: Artifact, ensemble: Ensemble, model: Model, options: EngineOptions) -> None:
-    """The plans must have been made of this very bundle, in the precision that is asked for."""
-    if ensemble.identity != model.bundle.identity.hex():
-        raise BundleError(
-            f"{artifact.path}: made of {ensemble.model}/{ensemble.version} with other files than "
-            f"{model.bundle.name}/{model.bundle.version} has now; export the model again"
-        )
-    if ensemble.dtype != options.dtype:
-        raise BundleError(
-            f"{artifact.path}: made in {ensemble.dtype}, asked for {options.dtype}; "
-            f"export the model again with --precision {options.dtype}"
-        )
