@@ -52,7 +52,7 @@ class TestExporter(ExporterSuite):
 
     @pytest.fixture
     def bundle(self, tmp_path: Path) -> Bundle:
-        return write(tmp_path, "mtgr")
+        return write(tmp_path, "ranking")
 
 
 class TestEngineInFloat32(EngineSuite):
