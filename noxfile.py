@@ -53,11 +53,11 @@ IMPORT_ALL = """
 from gr_core.plugins.host import PluginHost
 host = PluginHost.discover()
 for info in host.plugins():
-    assert info.status == "ok", info
+    assert info.status in ("ok", "partial"), info
 for offer in host.registry.offers:
     offer.descriptor.resolve()
 """
-"""Imports all that is offered."""
+"""Imports all that is offered; partial is a plugin some of whose extras are not installed."""
 
 
 # ── What a change must pass ───────────────────────────────────────────────────────────────────
