@@ -107,15 +107,14 @@ class SinglePass:
 
     def __init__(self, session: GraphSession, graph: Graph, limits: Limits) -> None:
         self._session = session
-        self._graph = graph
+        self._specs = [tensor.spec for tensor in graph.inputs]
         self._limits = limits
 
     def answers(self, batch: Sequence[EncodedRequest]) -> Sequence[Answer]:
         sizes = [Size(request.tokens, request.tokens) for request in batch]
         found: dict[int, Answer] = {}
         for group in grouped(sizes, self._limits.width, self._limits.fits):
-            specs = [tensor.spec for tensor in self._graph.inputs]
-            outputs = self._session.run(collate(specs, [batch[i] for i in group]))
+            outputs = self._session.run(collate(self._specs, [batch[i] for i in group]))
             for row, i in enumerate(group):
                 found[i] = Answer(_own(outputs, row, batch[i]))
         return [found[i] for i in range(len(batch))]
@@ -206,10 +205,10 @@ class Stepped:
         n = work.sequence.history
         arrays = self._arrays(work, work.start)
         at_once = self._limits.candidates_at_once(n - work.start, n + 1)
-        parts = list(_parts(self._graph, arrays, at_once))
-        outputs = self._run([work], [parts[0]])
+        pieces = list(parts(self._graph, arrays, at_once))
+        outputs = self._run([work], [pieces[0]])
         self._keep(work, outputs, 0)
-        if len(parts) == 1:
+        if len(pieces) == 1:
             return _own(outputs, 0, work.request)
         # The others see the whole history, whose new tokens the first run has computed. Where
         # candidates do not go through the layers, the last token's output is what scores them.
@@ -222,8 +221,8 @@ class Stepped:
             for cached, name in zip(past, (KEYS, VALUES), strict=True)
         )
         scores = [outputs[SCORES][0]]
-        for part in list(_parts(self._graph, self._arrays(work, start), at_once))[1:]:
-            scores.append(self._run([work], [part], past)[SCORES][0])
+        for piece in list(parts(self._graph, self._arrays(work, start), at_once))[1:]:
+            scores.append(self._run([work], [piece], past)[SCORES][0])
         return np.concatenate(scores)[: _candidates(work.request)]
 
     def _arrays(self, work: _Work, start: int) -> Mapping[str, Array]:
@@ -267,9 +266,7 @@ class Stepped:
         work.lease.commit(stable)
 
 
-def _parts(
-    graph: Graph, arrays: Mapping[str, Array], at_once: int
-) -> Iterator[Mapping[str, Array]]:
+def parts(graph: Graph, arrays: Mapping[str, Array], at_once: int) -> Iterator[Mapping[str, Array]]:
     """The inputs of one request, its candidates a few at a time."""
     jagged = {t.name: t.axes.index(CANDIDATE) for t in graph.inputs if CANDIDATE in t.axes}
     total = max((arrays[name].shape[axis] for name, axis in jagged.items()), default=0)

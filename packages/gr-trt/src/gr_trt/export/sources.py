@@ -20,6 +20,7 @@ from torch import nn
 from gr_core.collate import collate
 from gr_core.contracts import ArraySpec, EncodedRequest, TorchModel
 from gr_core.errors import PlanError
+from gr_core.stack import TokenSequence
 from gr_core.steps import KEYS, PAST_KEYS, PAST_VALUES, USER, VALUES, Step, SteppedModel
 from gr_core.types import Task
 from gr_trt.ensemble import Role, Tensor
@@ -146,13 +147,14 @@ def _steps(
             name = f"{task.value}_prefill"
             made[id(stacks[task])] = _step(name, Role.PREFILL, task, step, given)
         pasts = [_keys_and_values(step, arrays) for arrays in whole]
+        decode = model.decode_step(task)
         yield _step(
             f"{task.value}_decode",
             Role.DECODE,
             task,
-            model.decode_step(task),
+            decode,
             [
-                _decode_example(model, request, sequence, past, part)
+                _decode_example(model, decode, request, sequence, past, part)
                 for part in (0.0, 0.5, 1.0)
                 for request, sequence, past in zip(requests[task], sequences, pasts, strict=True)
             ],
@@ -181,14 +183,18 @@ def _keys_and_values(step: Step, arrays: Arrays) -> tuple[Any, Any]:
 
 
 def _decode_example(
-    model: SteppedModel, request: EncodedRequest, sequence: Any, past: tuple[Any, Any], part: float
+    model: SteppedModel,
+    step: Step,
+    request: EncodedRequest,
+    sequence: TokenSequence,
+    past: tuple[Any, Any],
+    part: float,
 ) -> Arrays:
     """The same request with a part of its history cached."""
     # Where the last token's output is the answer, it has to be given.
     last = sequence.history - (sequence.candidates == 0)
     start = max(0, min(int(part * sequence.history), sequence.reusable, last))
     arrays = dict(model.step_arrays(request, sequence, start))
-    step = model.decode_step(request.task)
     arrays[PAST_KEYS], arrays[PAST_VALUES] = (cached[:, :start] for cached in past)
     return {spec.name: arrays[spec.name] for spec in step.inputs}
 

@@ -101,7 +101,8 @@ class _Writer:
         requests = {task: _requests(model, task, options, longest) for task in tasks}
         self.requests = max(map(len, requests.values()))
         self.facts: dict[str, Any] = {}
-        self._sources = {one.name: one for one in sources(model, tasks, requests)}
+        steps = any(graph.role is Role.DECODE for graph in ensemble.graphs)
+        self._sources = {one.name: one for one in sources(model, tasks, requests, steps=steps)}
         self._weights = WeightsFile(out) if (source / WEIGHTS).exists() else None
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from gr_core.steps import CANDIDATE, PAST, SCORES, TOKEN, USER
 from gr_core.types import Task
 from gr_trt.ensemble import Graph
 from gr_trt.execution.grouping import Size
-from gr_trt.execution.passes import Answer
+from gr_trt.execution.passes import Answer, parts
 from gr_trt.tensorrt.batches import array_sizes, choose, padded, request_sizes, round_up, split
 from gr_trt.tensorrt.profiles import BATCH, Profile
 from gr_trt.tensorrt.runner import Arrays, Pending, Runner
@@ -42,14 +42,14 @@ class SinglePass:
         pieces = [(row, piece) for row, one in enumerate(batch) for piece in self._pieces(one)]
         requests = [piece for _, piece in pieces]
         sizes = [request_sizes(inputs, request) for request in requests]
-        parts = split(sizes, profiles, self._graph.file)
+        groups = split(sizes, profiles, self._graph.file)
         started: list[Pending] = []
-        for part in parts:
+        for part in groups:
             arrays = collate([tensor.spec for tensor in inputs], [requests[i] for i in part.rows])
             full = padded(inputs, arrays, part.sizes)
             started.append(self._runner.start(part.profile, part.sizes, full))
         outputs: dict[int, npt.NDArray[Any]] = {}
-        for part, pending in zip(parts, started, strict=True):
+        for part, pending in zip(groups, started, strict=True):
             found = pending.result()
             for place, i in enumerate(part.rows):
                 outputs[i] = _own(self._graph, found, place, requests[i])
@@ -63,21 +63,13 @@ class SinglePass:
 
     def _pieces(self, request: EncodedRequest) -> Iterator[EncodedRequest]:
         """The request itself, or with some of its candidates each."""
-        jagged = {
-            t.name: t.axes.index(CANDIDATE) for t in self._graph.inputs if CANDIDATE in t.axes
-        }
-        count = max((request.arrays[name].shape[axis] for name, axis in jagged.items()), default=0)
-        most = max((p.axes[CANDIDATE].most for p in self._runner.profiles if jagged), default=0)
-        if not self._independent or count <= most:
+        profiles = self._runner.profiles
+        most = max((p.axes[CANDIDATE].most for p in profiles if CANDIDATE in p.axes), default=0)
+        if not self._independent or not most:
             yield request
             return
-        for start in range(0, count, most):
-            cut = slice(start, start + most)
-            some = {
-                name: request.arrays[name][(*(slice(None),) * axis, cut)]
-                for name, axis in jagged.items()
-            }
-            yield replace(request, arrays={**request.arrays, **some})
+        for arrays in parts(self._graph, request.arrays, most):
+            yield replace(request, arrays=arrays)
 
 
 class PlanSession:

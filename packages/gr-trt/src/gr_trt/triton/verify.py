@@ -129,15 +129,14 @@ def _references(
     single = Session(graphs, graph, runtime)
     size = len(model.catalogue)
     top_k = ensemble.graph(Role.TOP_K, task)
+    search = Session(graphs, top_k, runtime) if top_k is not None else None
     found = []
     for row in rows:
         arrays = collate([tensor.spec for tensor in graph.inputs], [row.request])
         output = single.run(arrays)
         if task is Task.RETRIEVE:
-            assert top_k is not None
-            best = Session(graphs, top_k, runtime).run(
-                {USER: output[USER], "k": np.array(size, np.int64)}
-            )
+            assert search is not None
+            best = search.run({USER: output[USER], "k": np.array(size, np.int64)})
             scores = np.full(size + 1, -np.inf, np.float32)
             scores[best["indices"][0]] = best[SCORES][0]
             scores[row.items] = -np.inf
