@@ -19,11 +19,12 @@ from gr_core.errors import BundleError, GrError, PlanError
 from gr_core.repository import Bundle, Catalogue
 from gr_core.stack import Stack, TokenSequence
 from gr_core.steps import Step
+from gr_core.tokens import Readout, TokenTables
 from gr_core.types import FloatArray, RecommendRequest, Task
 from gr_hstu.config import HSTUConfig, MTGRConfig
 from gr_hstu.features import FeatureSchema
 from gr_hstu.importers import import_checkpoint
-from gr_hstu.jagged import jagged, stack_of
+from gr_hstu.jagged import JaggedRetrieval, jagged, stack_of
 from gr_hstu.models import MTGR, HSTURetrieval, build_model
 from gr_hstu.modules.skeleton import skeleton
 from gr_hstu.stability import prefix_stability
@@ -79,7 +80,7 @@ class RetrievalRanker(nn.Module):
 
 
 class HSTUModel:
-    """Implements `gr_core.steps.SteppedModel` for a bundle of either architecture."""
+    """Implements `gr_core.steps.SteppedModel` and `gr_core.tokens.TokenModel` for a bundle."""
 
     def __init__(self, bundle: Bundle, config: HSTUConfig | MTGRConfig) -> None:
         self._bundle = bundle
@@ -238,6 +239,23 @@ class HSTUModel:
         self, task: Task, requests: Sequence[EncodedRequest], rows: Tensor
     ) -> Sequence[Tensor]:
         return self._jagged.outputs(task, requests, rows)
+
+    def token_tables(self) -> TokenTables:
+        return self._summed_tokens().tables()
+
+    def readout(self) -> Readout:
+        return self._summed_tokens().readout()
+
+    def token_ids(self, sequence: TokenSequence) -> npt.NDArray[np.int32]:
+        return self._summed_tokens().ids(sequence)
+
+    def _summed_tokens(self) -> JaggedRetrieval:
+        if not isinstance(self._jagged, JaggedRetrieval):
+            raise PlanError(
+                f"{self._bundle.name}: its tokens are more than sums of embeddings; only models "
+                "for retrieval open both ends of their stack"
+            )
+        return self._jagged
 
     def prefill_step(self, task: Task) -> Step:
         self.stack(task)

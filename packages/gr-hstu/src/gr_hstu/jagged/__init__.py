@@ -45,4 +45,4 @@ def jagged(module: HSTURetrieval | HSTURanking | MTGR) -> Jagged:
     return JaggedMTGR(module) if isinstance(module, MTGR) else JaggedRanking(module)
 
 
-__all__ = ["Jagged", "jagged", "stack_of"]
+__all__ = ["Jagged", "JaggedRetrieval", "jagged", "stack_of"]

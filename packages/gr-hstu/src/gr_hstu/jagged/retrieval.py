@@ -5,6 +5,7 @@ Shapes: L behaviours, G signal columns, W ids of a token, D model width, R reque
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,10 +14,19 @@ from torch import Tensor
 
 from gr_core.contracts import EncodedRequest
 from gr_core.stack import TokenSequence
+from gr_core.tokens import Norm, Readout, TokenTables
 from gr_core.types import Task
-from gr_hstu.jagged.intervals import hstu_intervals
-from gr_hstu.jagged.rows import by_column, candidate_counts, joined, new_ids, to_content
+from gr_hstu.jagged.intervals import Int32Array, hstu_intervals
+from gr_hstu.jagged.rows import (
+    by_column,
+    candidate_counts,
+    joined,
+    new_ids,
+    to_content,
+    to_ids,
+)
 from gr_hstu.models import HSTURetrieval
+from gr_hstu.models.retrieval import USER_NORM_EPS
 
 
 class JaggedRetrieval:
@@ -73,6 +83,22 @@ class JaggedRetrieval:
         return self._module.placed(
             ids_TW[:, 0], ids_TW[:, 1 : 1 + self._signals], torch.from_numpy(places)
         )
+
+    @torch.no_grad()
+    def tables(self) -> TokenTables:
+        module = self._module
+        scale = math.sqrt(module.config.d_model)
+        tables = [module.items, *module.signals.tables]
+        rows = tuple(scale * table.get_parameter("weight").detach() for table in tables)
+        return TokenTables(rows, module.positions.weight.detach())
+
+    @torch.no_grad()
+    def readout(self) -> Readout:
+        norm: Norm = "l2" if self._module.config.user_norm == "l2" else "layer"
+        return Readout(self._module.item_embeddings().detach(), norm, USER_NORM_EPS)
+
+    def ids(self, sequence: TokenSequence) -> Int32Array:
+        return to_ids(sequence.content)[:, : 1 + self._signals]
 
     @torch.inference_mode()
     def outputs(

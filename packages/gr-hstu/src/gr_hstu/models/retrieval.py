@@ -19,6 +19,8 @@ from gr_hstu.modules.heads import l2_normalize
 from gr_hstu.modules.hstu import HSTUStack
 from gr_hstu.modules.masks import history_tokens, hstu_mask
 
+USER_NORM_EPS = 1e-6
+
 
 class HSTURetrieval(nn.Module):
     """User and items in one space; the score of an item is a dot product.
@@ -130,8 +132,8 @@ class HSTURetrieval(nn.Module):
     def normalize_user(self, x: Tensor) -> Tensor:
         """The users (..., D) from the stack's output for the last of their behaviours."""
         if self.config.user_norm == "l2":
-            return l2_normalize(x)
-        return F.layer_norm(x, (x.shape[-1],), eps=1e-6)
+            return l2_normalize(x, USER_NORM_EPS)
+        return F.layer_norm(x, (x.shape[-1],), eps=USER_NORM_EPS)
 
     def item_embeddings(self) -> Tensor:
         """The table (N + 1, D) that users are multiplied with. Row 0 is padding, not an item."""
