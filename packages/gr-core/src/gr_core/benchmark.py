@@ -115,7 +115,7 @@ async def _round(
 
 async def _answer(side: _Side, model: Model, request: RecommendRequest, work: Work) -> None:
     encoded = model.encode(request, work.task).request
-    if work.task is Task.RETRIEVE:
+    if work.task.finds_items:
         encoded = replace(encoded, k=min(work.k, len(model.catalogue)))
     result: InferenceResult
     if side.batcher is not None:

@@ -57,7 +57,7 @@ class EncodedRequest:
     tokens: int
     """Tokens that the model computes for it, the measure of its cost and its place in a batch."""
     k: int = 0
-    """For retrieval, how many items the engine must return."""
+    """For a task that finds items, how many the engine must return."""
     user_id: str = ""
     """Owner of cached state, so that it can be dropped on demand. Never a key of the cache."""
 
@@ -79,9 +79,10 @@ class Encoding:
 class InferenceResult:
     """What an engine computed for one encoded request.
 
-    For `Task.RETRIEVE`, ``indices`` (k,) int64 are catalogue indices, best first, and ``scores``
-    (k,) float32 theirs. For `Task.RANK`, ``indices`` is None and ``scores`` (c, heads) float32 are
-    the raw outputs of the heads for the candidates, in order.
+    For `Task.RETRIEVE` and `Task.GENERATE`, ``indices`` (k,) int64 are catalogue indices, best
+    first, and ``scores`` (k,) float32 theirs; generation may find fewer where k is larger than
+    `gr_core.generation.MAX_BEAM_WIDTH`. For `Task.RANK`, ``indices`` is None and ``scores``
+    (c, heads) float32 are the raw outputs of the heads for the candidates, in order.
     """
 
     scores: FloatArray
@@ -157,14 +158,19 @@ class TorchModel(Model, Protocol):
 
     ``module(task)`` takes the task's inputs by name, batched, and returns for `Task.RANK` the
     outputs of the heads (batch, candidates, heads), and for `Task.RETRIEVE` the user's
-    representation (batch, d), to be multiplied with `item_table`. It is in eval mode, float32, on
-    the CPU; whoever wants another dtype or device makes a copy.
+    representation (batch, d), to be multiplied with `item_table`. For `Task.GENERATE` it also takes
+    ``prefixes`` (batch, p) int64, the tokens of p levels, and returns log-probabilities
+    (batch, codes) of all tokens of the next level. It is in eval mode, float32, on the CPU; whoever
+    wants another dtype or device makes a copy.
     """
 
     def module(self, task: Task) -> Any: ...
 
     def item_table(self) -> Any:
-        """A tensor (catalogue size + 1, d) float32; row 0 is padding and never an answer."""
+        """A tensor (catalogue size + 1, d) float32; row 0 is padding and never an answer.
+
+        Raises `PlanError` where items have no vectors.
+        """
         ...
 
 

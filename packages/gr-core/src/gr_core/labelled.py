@@ -38,7 +38,7 @@ class LabelledRequest:
 
     request: RecommendRequest
     relevant: ItemIds = field(default_factory=lambda: np.empty(0, np.int64))
-    """Item ids, those that a retrieval should find."""
+    """Item ids, those that should be found."""
     labels: Mapping[str, FloatArray] = field(default_factory=dict)
     """By head, (candidates,) float32: 0, 1, or NaN where it is not known."""
 
@@ -110,9 +110,9 @@ class Case:
     """A labelled request as an engine gets it."""
 
     request: EncodedRequest
-    """For retrieval its ``k`` reaches beyond what may not be answered."""
+    """Where items are to be found, its ``k`` reaches beyond what may not be answered."""
     excluded: IntArray
-    """Catalogue indices that may not be retrieved: what the user has seen, unless asked for."""
+    """Catalogue indices that may not be answered: what the user has seen, unless asked for."""
     relevant: IntArray
     """Catalogue indices; 0 for an item that the model does not know and so cannot find."""
     labels_CO: FloatArray
@@ -133,11 +133,11 @@ def cases(
     unlabelled: bool = False,
 ) -> Sequence[Case]:
     """Requests that say something of the task, or all of them if ``unlabelled``, encoded."""
-    retrieve = task is Task.RETRIEVE
+    finds = task.finds_items
     return [
-        _retrieval_case(model, labelled, k) if retrieve else _ranking_case(model, labelled)
+        _finding_case(model, task, labelled, k) if finds else _ranking_case(model, labelled)
         for labelled in requests
-        if unlabelled or (len(labelled.relevant) if retrieve else labelled.labels)
+        if unlabelled or (len(labelled.relevant) if finds else labelled.labels)
     ]
 
 
@@ -146,13 +146,13 @@ def quality(
 ) -> Mapping[str, float]:
     """Metrics by name, larger is better; without cases, none.
 
-    Retrieval: ``ndcg@10`` and ``hr@10``, the mean over cases. Ranking: ``auc:HEAD`` over all
+    Of found items: ``ndcg@10`` and ``hr@10``, the mean over cases. Ranking: ``auc:HEAD`` over all
     candidates, and ``gauc:HEAD``, the AUC within each user who shows both outcomes, weighted by
     candidates (Zhu et al., 2017); those that no candidate decides are left out.
     """
     if not cases:
         return {}
-    if task is Task.RETRIEVE:
+    if task.finds_items:
         pairs = [(case, case.top(result)) for case, result in zip(cases, results, strict=True)]
         return {
             f"ndcg@{K}": float(np.mean([_ndcg(case, top) for case, top in pairs])),
@@ -205,8 +205,8 @@ def _users(cases: Sequence[Case]) -> IntArray:
     return np.unique(names, return_inverse=True)[1].astype(np.int64)
 
 
-def _retrieval_case(model: Model, labelled: LabelledRequest, k: int) -> Case:
-    request = _asked(labelled, Task.RETRIEVE)
+def _finding_case(model: Model, task: Task, labelled: LabelledRequest, k: int) -> Case:
+    request = _asked(labelled, task)
     seen = request.history.item_ids[:0] if request.include_seen else request.history.item_ids
     excluded = np.unique(
         np.concatenate(
@@ -214,7 +214,7 @@ def _retrieval_case(model: Model, labelled: LabelledRequest, k: int) -> Case:
         )
     )
     excluded = excluded[excluded > 0]
-    encoded = model.encode(request, Task.RETRIEVE).request
+    encoded = model.encode(request, task).request
     fetched = min(len(model.catalogue), k + len(excluded))
     relevant = model.catalogue.indices_of(labelled.relevant)
     return Case(

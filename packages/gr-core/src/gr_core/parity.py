@@ -15,6 +15,7 @@ import numpy as np
 from gr_core.contracts import EncodedRequest, InferenceResult, Model
 from gr_core.engines import Only, RunningEngine, feasible_plans, running
 from gr_core.errors import GrError
+from gr_core.generation import GenerativeModel, search_width
 from gr_core.planner import Plan
 from gr_core.plugins.registry import Registry
 from gr_core.samples import for_task, sample_requests
@@ -95,16 +96,20 @@ def _same(one: Plan, other: Plan) -> bool:
 
 
 def _encoded(model: Model, task: Task, count: int, k: int, seed: int) -> list[EncodedRequest]:
-    k = min(k, len(model.catalogue)) if task is Task.RETRIEVE else 0
+    k = min(k, len(model.catalogue)) if task.finds_items else 0
     samples = sample_requests(model, count, seed=seed)
     encodings = [model.encode(for_task(request, task), task) for request in samples]
     return [replace(encoding.request, k=k) for encoding in encodings]
 
 
 def _deeper(request: EncodedRequest, model: Model) -> EncodedRequest:
-    if request.task is not Task.RETRIEVE:
+    if not request.task.finds_items:
         return request
-    return replace(request, k=min(2 * request.k + 50, len(model.catalogue)))
+    k = 2 * request.k + 50
+    if isinstance(model, GenerativeModel):
+        # As deep as the search that finds the top: a wider one would keep other prefixes.
+        k = search_width(model.beam_width, request.k)
+    return replace(request, k=min(k, len(model.catalogue)))
 
 
 def _alone(engine: RunningEngine, request: EncodedRequest) -> InferenceResult:

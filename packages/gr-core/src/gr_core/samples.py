@@ -20,16 +20,23 @@ _DAY_MS = 86_400_000
 
 
 def sample_requests(
-    model: Model, count: int, *, seed: int = 0, max_history: int = 256, candidates: int = 50
+    model: Model,
+    count: int,
+    *,
+    seed: int = 0,
+    max_history: int = 256,
+    candidates: int = 50,
+    made_up: bool = False,
 ) -> Sequence[RecommendRequest]:
     """``count`` requests that a model can encode, the same ones for the same seed.
 
-    They are the bundle's samples, repeated as needed; without any, histories of random items whose
-    lengths reach from none to ``max_history``. Those without candidates get random ones.
+    They are the bundle's samples, repeated as needed; without any, or with ``made_up``, histories
+    of random items whose lengths reach from none to ``max_history``. Those without candidates get
+    random ones.
     """
     file = model.bundle.path / SAMPLES
     rng = np.random.default_rng(seed)
-    brought = read_requests(file) if file.is_file() else []
+    brought = read_requests(file) if file.is_file() and not made_up else []
     requests = [
         brought[i % len(brought)] if brought else _made_up(model, rng, i, max_history)
         for i in range(count)
@@ -48,10 +55,8 @@ def sample_requests(
 
 
 def for_task(request: RecommendRequest, task: Task) -> RecommendRequest:
-    """The request for one stage alone; retrieval takes no candidates."""
-    return replace(
-        request, task=task, candidates=None if task is Task.RETRIEVE else request.candidates
-    )
+    """The request for one stage alone; what finds items takes no candidates."""
+    return replace(request, task=task, candidates=None if task.finds_items else request.candidates)
 
 
 def _made_up(

@@ -135,7 +135,8 @@ class StackModel(TorchModel, Protocol):
 
         The rows are those of the candidates, request after request; without candidates in the
         sequence, that of the last token of each history, zeros where it is empty. Answers, for
-        `Task.RANK`, (C, heads) for each request, and for `Task.RETRIEVE` the user's representation
-        (d,), to be multiplied with the item table.
+        `Task.RANK`, (C, heads) for each request, for `Task.RETRIEVE` the user's representation
+        (d,), to be multiplied with the item table, and for `Task.GENERATE` what the first code is
+        predicted from (d,), to be multiplied with the table of `gr_core.tokens.Readout`.
         """
         ...

@@ -52,7 +52,7 @@ class TokenModel(StackModel, Protocol):
     def token_tables(self) -> TokenTables: ...
 
     def readout(self) -> Readout:
-        """For `Task.RETRIEVE`, V is the catalogue's size + 1; for `Task.GENERATE`, tokens."""
+        """For `Task.RETRIEVE`, V is the catalogue's size + 1; for `Task.GENERATE`, all tokens."""
         ...
 
     def token_ids(self, sequence: TokenSequence) -> npt.NDArray[np.int32]:

@@ -36,7 +36,12 @@ class Task(enum.StrEnum):
     RANK = "rank"
     """Scores of given candidates, one for each head of the model."""
     GENERATE = "generate"
-    """Semantic ids, decoded step by step."""
+    """The same, by semantic ids that are decoded step by step."""
+
+    @property
+    def finds_items(self) -> bool:
+        """Whether it answers items of the catalogue; otherwise it scores given candidates."""
+        return self is not Task.RANK
 
 
 def _no_ids() -> ItemIds:

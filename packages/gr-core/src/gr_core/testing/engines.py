@@ -22,6 +22,7 @@ from gr_core.contracts import (
 )
 from gr_core.engines import Only, RunningEngine, running
 from gr_core.errors import DeadlineExceeded, GrError, Unavailable
+from gr_core.generation import GenerativeModel
 from gr_core.parity import TOLERANCE, Parity, compare
 from gr_core.planner import Plan, plan
 from gr_core.plugins.registry import Registry
@@ -114,10 +115,10 @@ class EngineSuite(Suite):
 
     def test_each_request_gets_its_own_k(self, plans: Sequence[Plan], model: Model) -> None:
         for chosen in plans:
-            if chosen.task is not Task.RETRIEVE:
+            if not chosen.task.finds_items:
                 continue
-            request = _batch(model, Task.RETRIEVE, 4)[-1]
-            batch = [replace(request, k=k) for k in (1, len(model.catalogue), 3)]
+            request = _batch(model, chosen.task, 4)[-1]
+            batch = [replace(request, k=k) for k in (1, _deepest(model), 3)]
             with running(chosen, model, extra=self.options) as engine:
                 results = engine.infer(batch)
             assert [len(r.scores) for r in results] == [r.k for r in batch]
@@ -259,7 +260,13 @@ def _history(model: Model, length: int) -> RecommendRequest:
 
 def _encoded(model: Model, task: Task, request: RecommendRequest) -> EncodedRequest:
     encoded = model.encode(for_task(request, task), task).request
-    return replace(encoded, k=min(_K, len(model.catalogue))) if task is Task.RETRIEVE else encoded
+    return replace(encoded, k=min(_K, len(model.catalogue))) if task.finds_items else encoded
+
+
+def _deepest(model: Model) -> int:
+    """How many items can be asked for without changing which of them come first."""
+    width = model.beam_width if isinstance(model, GenerativeModel) else len(model.catalogue)
+    return min(width, len(model.catalogue))
 
 
 def _batch(model: Model, task: Task, count: int) -> list[EncodedRequest]:
