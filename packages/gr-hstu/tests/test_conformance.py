@@ -8,10 +8,10 @@ import pytest
 
 from gr_core.repository import Bundle
 from gr_core.testing import EngineSuite, ModelSuite, PluginSuite
-from gr_hstu.testing import KINDS, write
+from gr_hstu.testing import KINDS, SID, write
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[*KINDS, SID])
 def any_bundle(request: pytest.FixtureRequest, tmp_path: Path) -> Bundle:
     return write(tmp_path, request.param)
 

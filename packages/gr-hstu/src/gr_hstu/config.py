@@ -11,7 +11,10 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any, Literal, Self
+
+from gr_core.generation import MAX_BEAM_WIDTH
 
 Variant = Literal["research", "ranking"]
 
@@ -291,3 +294,86 @@ class MTGRConfig(_Config):
         """Tokens of the group U: one a user (and context) feature."""
         context = self.context_cardinalities if self.context_placement == "prefix" else ()
         return len(self.user_cardinalities) + len(context)
+
+
+@dataclass(frozen=True)
+class SemanticIdConfig(_Config):
+    """HSTU that generates semantic ids: the research variant over the codes of the items (TIGER).
+
+    A token is a code of a level, or the first one. Ids of tokens: 0 is padding, then the codes
+    level by level, then the first token.
+    """
+
+    num_items: int
+    """Catalogue size. Items have indices 1..num_items; 0 is padding."""
+    code_sizes: tuple[int, ...]
+    """How many codes there are at each of the L levels of an item."""
+    max_behaviours: int
+    """Bounds the length of a history."""
+    d_model: int
+    num_layers: int
+    num_heads: int
+    d_qk: int
+    """Columns of Q and K per head."""
+    d_v: int
+    """Columns of U and V per head."""
+    beam_width: int = 20
+    """Prefixes that a search keeps; as many as items are asked for, where these are more."""
+    norm_eps: float = 1e-6
+    dropout: float = 0.0
+    """On the input of each layer's output projection."""
+    input_dropout: float = 0.0
+    concat_ua: bool = False
+    """Output projection of concat(U, a, U·a) with a = norm(A V), instead of U·a."""
+    state_norm: Literal["l2", "layer_norm"] = "l2"
+    """Of the last token's output, before it is multiplied with the embeddings of tokens."""
+    token_l2_norm: bool = True
+    temperature: float = 0.05
+    """Products of state and tokens are divided by it before the softmax."""
+
+    def _check(self) -> None:
+        self._at_least(1, "num_items", "max_behaviours", "beam_width")
+        if not self.code_sizes or any(size < 1 for size in self.code_sizes):
+            raise self._error("code_sizes", self.code_sizes, "at least one size, each at least 1")
+        if self.beam_width > MAX_BEAM_WIDTH:
+            raise self._error("beam_width", self.beam_width, f"at most {MAX_BEAM_WIDTH}")
+        try:
+            self.decoder()
+        except ValueError as error:
+            message = str(error).removeprefix("HSTUConfig.")
+            raise ValueError(f"{type(self).__name__}.{message}") from None
+
+    @property
+    def levels(self) -> tuple[range, ...]:
+        """Ids of the tokens of each level."""
+        ends = tuple(accumulate(self.code_sizes, initial=1))
+        return tuple(range(start, end) for start, end in pairwise(ends))
+
+    @property
+    def first_token(self) -> int:
+        """The id of the token that every history begins with."""
+        return 1 + sum(self.code_sizes)
+
+    def decoder(self) -> HSTUConfig:
+        """The model of the tokens; its items are the tokens.
+
+        Its positions are those of the longest history, and of all but the last code of an item.
+        """
+        return HSTUConfig(
+            variant="research",
+            num_items=self.first_token,
+            d_model=self.d_model,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            d_qk=self.d_qk,
+            d_v=self.d_v,
+            max_seq_len=len(self.code_sizes) * (self.max_behaviours + 1),
+            norm_eps=self.norm_eps,
+            dropout=self.dropout,
+            input_dropout=self.input_dropout,
+            relative_bias=False,
+            concat_ua=self.concat_ua,
+            user_norm=self.state_norm,
+            item_l2_norm=self.token_l2_norm,
+            temperature=self.temperature,
+        )

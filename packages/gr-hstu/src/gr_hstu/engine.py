@@ -20,8 +20,10 @@ from gr_core.contracts import (
     TorchModel,
 )
 from gr_core.errors import PlanError, Unavailable
+from gr_core.generation import GenerativeModel
 from gr_core.samples import for_task, sample_requests
 from gr_core.types import Task
+from gr_hstu.beams import BeamLoop
 from gr_hstu.models import MTGR, HSTURanking, score_in_chunks
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -38,6 +40,7 @@ class TorchEngine:
         self._model: TorchModel | None = None
         self._modules: dict[Task, nn.Module] = {}
         self._table: Tensor | None = None
+        self._beams: BeamLoop | None = None
         self._device = torch.device("cpu")
 
     def load(
@@ -59,6 +62,10 @@ class TorchEngine:
             self._modules[task] = module.eval()
         if Task.RETRIEVE in tasks:
             self._table = model.item_table().to(self._device)
+        if Task.GENERATE in tasks:
+            if not isinstance(model, GenerativeModel):
+                raise PlanError(f"engine torch: {type(model).__name__} generates no semantic ids")
+            self._beams = BeamLoop(model, self._modules[Task.GENERATE], self._device)
         self._model = model
 
     def warm_up(self) -> None:
@@ -81,6 +88,9 @@ class TorchEngine:
         module = self._modules[task]
         if task is Task.RETRIEVE:
             return self._retrieve(module(**inputs).float(), [request.k for request in batch])
+        if task is Task.GENERATE:
+            assert self._beams is not None
+            return self._beams(inputs, [request.k for request in batch])
         candidates = inputs["candidate_items"].shape[1]
         if candidates > _CANDIDATES_AT_ONCE and isinstance(module, HSTURanking | MTGR):
             outputs = _rank_in_chunks(module, inputs, _CANDIDATES_AT_ONCE)
@@ -123,6 +133,7 @@ class TorchEngine:
         self._model = None
         self._modules = {}
         self._table = None
+        self._beams = None
 
 
 def _rank_in_chunks(module: HSTURanking | MTGR, inputs: Mapping[str, Tensor], chunk: int) -> Tensor:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gr_core.contracts import ArraySpec, EncodedRequest, Encoding, InferenceResult, PrefixStability
-from gr_core.errors import BundleError, GrError, PlanError
+from gr_core.errors import BundleError, PlanError
 from gr_core.repository import Bundle, Catalogue
 from gr_core.stack import Stack, TokenSequence
 from gr_core.steps import Step
@@ -23,16 +19,12 @@ from gr_core.tokens import Readout, TokenTables
 from gr_core.types import FloatArray, RecommendRequest, Task
 from gr_hstu.config import HSTUConfig, MTGRConfig
 from gr_hstu.features import FeatureSchema
-from gr_hstu.importers import import_checkpoint
 from gr_hstu.jagged import JaggedRetrieval, jagged, stack_of
+from gr_hstu.loading import check_catalogue, load_weights, read_config
 from gr_hstu.models import MTGR, HSTURetrieval, build_model
 from gr_hstu.modules.skeleton import skeleton
 from gr_hstu.stability import prefix_stability
 from gr_hstu.steps import steps_of
-
-_Config = TypeVar("_Config")
-
-logger = logging.getLogger(__name__)
 
 _HISTORY = ("history_items", "history_timestamps", "history_lengths", "request_time")
 _RANKING = (
@@ -49,12 +41,12 @@ _RETRIEVAL_HEADS = ("recommendation",)
 
 def load_hstu(bundle: Bundle) -> HSTUModel:
     """The factory of the architecture ``hstu``: retrieval or ranking by the configured variant."""
-    return HSTUModel(bundle, _config(bundle, HSTUConfig.from_dict))
+    return HSTUModel(bundle, read_config(bundle, HSTUConfig.from_dict))
 
 
 def load_mtgr(bundle: Bundle) -> HSTUModel:
     """The factory of the architecture ``mtgr``."""
-    return HSTUModel(bundle, _config(bundle, MTGRConfig.from_dict))
+    return HSTUModel(bundle, read_config(bundle, MTGRConfig.from_dict))
 
 
 class RetrievalRanker(nn.Module):
@@ -93,7 +85,7 @@ class HSTUModel:
                 module = build_model(config)
         except ValueError as error:
             raise BundleError(f"{bundle.path}/config.json: config: {error}") from None
-        self.notes = _load_weights(bundle, module)
+        self.notes = load_weights(bundle, module)
         self._module = module.eval().requires_grad_(False)
         self._jagged = jagged(module)
         self._steps = steps_of(module)
@@ -279,22 +271,11 @@ class HSTUModel:
         """Nothing to free but memory."""
 
 
-def _config(bundle: Bundle, from_dict: Callable[[Mapping[str, Any]], _Config]) -> _Config:
-    try:
-        return from_dict(bundle.config)
-    except ValueError as error:
-        raise BundleError(f"{bundle.path}/config.json: config: {error}") from None
-
-
 def _check(
     bundle: Bundle, config: HSTUConfig | MTGRConfig, schema: FeatureSchema, catalogue: Catalogue
 ) -> None:
     """The configuration, the feature schema and the catalogue must agree."""
-    if len(catalogue) != config.num_items:
-        raise BundleError(
-            f"{bundle.path}: the catalogue has {len(catalogue)} items, "
-            f"config.num_items is {config.num_items}"
-        )
+    check_catalogue(bundle, catalogue, config.num_items)
     if schema.max_history > config.max_seq_len:
         raise BundleError(
             f"{bundle.path}: features.max_history is {schema.max_history}, more than "
@@ -312,45 +293,3 @@ def _check(
                 f"{bundle.path}: config.{field} is {getattr(config, field)}, "
                 f"the features need {expected}"
             )
-
-
-def _load_weights(bundle: Bundle, module: nn.Module) -> Sequence[str]:
-    """Fills the module and returns what people should know: where the weights came from, and why.
-
-    The open checkpoint that the bundle names is tried first, its own weights are the fallback.
-    """
-    if bundle.source is not None:
-        checkpoint = bundle.path / Path(bundle.source.checkpoint).expanduser()
-        try:
-            imported = import_checkpoint(
-                checkpoint, importer=bundle.source.importer, **bundle.source.options
-            )
-            _assign(module, imported.state_dict, checkpoint)
-        except (GrError, OSError, ValueError) as error:
-            note = f"weights: the bundle's own, because {checkpoint} cannot be used: {error}"
-        else:
-            return (f"weights: the checkpoint {checkpoint}",)
-    else:
-        note = "weights: the bundle's own"
-    try:
-        _assign(module, load_file(bundle.weights_path), bundle.weights_path)
-    except (OSError, SafetensorError) as error:
-        raise BundleError(f"{bundle.weights_path}: {error} ({note})") from error
-    if bundle.source is not None:
-        logger.warning("%s/%s: %s", bundle.name, bundle.version, note)
-    return (note,)
-
-
-def _assign(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    own = module.state_dict()
-    wrong = [f"{name} is missing" for name in sorted(own.keys() - state.keys())]
-    wrong += [f"{name} is not expected" for name in sorted(state.keys() - own.keys())]
-    wrong += [
-        f"{name} has the shape {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in sorted(own.keys() & state.keys())
-        if state[name].shape != own[name].shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise BundleError(f"{path}: {'; '.join(wrong[:8])}{more}")
-    module.load_state_dict({n: t.to(own[n].dtype) for n, t in state.items()}, assign=True)

@@ -50,6 +50,14 @@ def gr_register_models() -> Iterable[ModelDescriptor]:
             summary="MTGR (arXiv 2505.18654), ranking with cross features",
             probe=_probe_torch,
         ),
+        ModelDescriptor(
+            name="hstu-sid",
+            factory="gr_hstu.semantic_ids:load_semantic_ids",
+            tasks=(Task.GENERATE,),
+            revision=__version__,
+            summary="HSTU over semantic ids (TIGER, arXiv 2305.05065), generates items' codes",
+            probe=_probe_torch,
+        ),
     ]
 
 
@@ -60,7 +68,7 @@ def gr_register_engines() -> Iterable[EngineDescriptor]:
             name="torch",
             factory="gr_hstu.engine:TorchEngine",
             formats=("torch",),
-            tasks=(Task.RETRIEVE, Task.RANK),
+            tasks=(Task.RETRIEVE, Task.RANK, Task.GENERATE),
             devices=("cpu", "cuda"),
             dtypes=("float32", "bfloat16"),
             priority=10,

@@ -19,11 +19,13 @@ from gr_core import Candidates, History, RecommendRequest, Task
 from gr_core.contracts import Artifact, EncodedRequest, EngineOptions
 from gr_core.repository import Bundle, Catalogue, write_bundle
 from gr_core.types import item_id_array
-from gr_hstu.config import HSTUConfig, MTGRConfig
+from gr_hstu.config import HSTUConfig, MTGRConfig, SemanticIdConfig
 from gr_hstu.engine import TorchEngine
 from gr_hstu.features import Feature, FeatureSchema
 from gr_hstu.model import HSTUModel, load_hstu, load_mtgr
 from gr_hstu.models import build_model
+from gr_hstu.models.semantic_ids import HSTUSemanticIds
+from gr_hstu.semantic_ids import SemanticIdModel, load_semantic_ids
 
 ITEMS = 60
 IDS = tuple(range(1000, 1000 + ITEMS))
@@ -63,16 +65,29 @@ CASES = [("research", Task.RETRIEVE), ("research", Task.RANK)] + [
     (kind, Task.RANK) for kind in ("ranking", "mtgr")
 ]
 """What each kind of model can do."""
+SID = "sid"
+"""The kind of a model that generates; it can do nothing else, and so is none of `KINDS`."""
+SID_CONFIG = SemanticIdConfig(
+    code_sizes=(5, 4, 6), max_behaviours=24, d_qk=4, d_v=6, beam_width=8, **SMALL
+)
+SID_SCHEMA = FeatureSchema(max_history=24, truncate_step=4)
 
 
-def random_module(config: HSTUConfig | MTGRConfig, seed: int = 0) -> nn.Module:
+def random_module(config: HSTUConfig | MTGRConfig | SemanticIdConfig, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        module = build_model(config)
+        if isinstance(config, SemanticIdConfig):
+            module: nn.Module = HSTUSemanticIds(config)
+            # Fewer combinations than items on the first levels, and some items share all codes.
+            for level, size in enumerate(config.code_sizes):
+                codes = torch.randint(size, (config.num_items,))
+                module.get_buffer("item_codes")[1:, level] = codes
+        else:
+            module = build_model(config)
         for name, parameter in module.named_parameters():
             scale = 0.15 if parameter.dim() > 1 else 0.1
             parameter.add_(scale * torch.randn(parameter.shape))
-            if name == "items.weight":
+            if name in ("items.weight", "decoder.items.weight"):
                 parameter[0] = 0.0
     return module
 
@@ -80,16 +95,19 @@ def random_module(config: HSTUConfig | MTGRConfig, seed: int = 0) -> nn.Module:
 def write(
     folder: Path, kind: str, *, state: dict[str, torch.Tensor] | None = None, **changes: Any
 ) -> Bundle:
-    """Writes ``folder/<kind>/<version>``; ``changes`` are arguments of `write_bundle`."""
-    config = CONFIGS[kind]
+    """Writes ``folder/<kind>/<version>``; ``changes`` are arguments of `write_bundle`.
+
+    The kind is one of `KINDS`, or `SID`.
+    """
+    config = SID_CONFIG if kind == SID else CONFIGS[kind]
     weights = random_module(config).state_dict() if state is None else state
     facts: dict[str, Any] = {
         "name": kind,
         "version": "1",
-        "architecture": "mtgr" if kind == "mtgr" else "hstu",
-        "tasks": [task for k, task in CASES if k == kind],
+        "architecture": {"mtgr": "mtgr", SID: "hstu-sid"}.get(kind, "hstu"),
+        "tasks": [task for k, task in [*CASES, (SID, Task.GENERATE)] if k == kind],
         "config": config.to_dict(),
-        "features": (SCHEMA if kind == "research" else FULL_SCHEMA).to_dict(),
+        "features": {"research": SCHEMA, SID: SID_SCHEMA}.get(kind, FULL_SCHEMA).to_dict(),
         "catalogue": Catalogue(list(IDS), [f"title {i}" for i in IDS]),
         "weights": lambda path: save_file({k: v.contiguous() for k, v in weights.items()}, path),
         "overwrite": True,
@@ -102,7 +120,11 @@ def load(bundle: Bundle) -> HSTUModel:
     return load_mtgr(bundle) if bundle.architecture == "mtgr" else load_hstu(bundle)
 
 
-def engine_of(model: HSTUModel, **options: Any) -> TorchEngine:
+def load_sid(bundle: Bundle) -> SemanticIdModel:
+    return load_semantic_ids(bundle)
+
+
+def engine_of(model: HSTUModel | SemanticIdModel, **options: Any) -> TorchEngine:
     engine = TorchEngine()
     artifact = Artifact("torch", model.bundle.path)
     engine.load(artifact, model, model.tasks, EngineOptions(**options))
@@ -139,7 +161,9 @@ def a_request(
     return RecommendRequest(history, **(facts | fields))
 
 
-def encode(model: HSTUModel, task: Task, request: RecommendRequest, k: int = 10) -> EncodedRequest:
+def encode(
+    model: HSTUModel | SemanticIdModel, task: Task, request: RecommendRequest, k: int = 10
+) -> EncodedRequest:
     return dataclasses.replace(model.encode(request, task).request, k=k)
 
 

@@ -36,15 +36,17 @@ class JaggedRetrieval:
     last row has the request's time, so the last token changes once a behaviour follows.
     """
 
-    def __init__(self, module: HSTURetrieval) -> None:
+    def __init__(self, module: HSTURetrieval, items: str = "history_items") -> None:
+        """``items`` is the array of the requests that the tokens are read from."""
         self._module = module
+        self._items = items
         self._signals = len(module.signals)
         self._timed = module.config.relative_bias
         self._width = 1 + self._signals + (2 if self._timed else 0)
 
     def sequence(self, request: EncodedRequest) -> TokenSequence:
         arrays = request.arrays
-        items_L = arrays["history_items"]
+        items_L = arrays[self._items]
         length = len(items_L)
         ids_LW = np.empty((length, self._width), np.int32)
         ids_LW[:, 0] = items_L
@@ -105,7 +107,7 @@ class JaggedRetrieval:
         self, task: Task, requests: Sequence[EncodedRequest], rows: Tensor
     ) -> Sequence[Tensor]:
         users_RD = self._module.normalize_user(rows)
-        if task is Task.RETRIEVE:
+        if task is not Task.RANK:
             return users_RD.unbind(0)
         counts = candidate_counts(requests)
         items_CD = self._module.item_vectors(joined(requests, "candidate_items"))
