@@ -1,0 +1,1 @@
+"""torch → vllm: bundles as model directories that vLLM loads."""

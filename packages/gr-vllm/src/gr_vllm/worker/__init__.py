@@ -1,0 +1,1 @@
+"""What runs in vLLM's processes: configuration, model classes, attention on vLLM's pages."""

@@ -1,0 +1,77 @@
+"""Which attention runs on vLLM's pages: the best of the installed kernels, else torch."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gr_core.plugins.host import PluginHost
+from gr_core.plugins.registry import Registry
+from gr_vllm.worker.torch_attention import TorchPagedAttention
+
+logger = logging.getLogger(__name__)
+
+OP = "hstu_paged_attention"
+PAGE_TOKENS = 32
+
+
+class PagedAttention(Protocol):
+    """An implementation of the op `hstu_paged_attention` for one kind of layer.
+
+    Stores K and V of new tokens in pages and computes their attention on all that their sequences
+    have there. Shapes: T new tokens, B sequences, P pages, H heads, K columns of Q and K per head,
+    V columns of V per head.
+    """
+
+    page_bytes: int
+    """K and V of `PAGE_TOKENS` tokens of all heads; their order is the implementation's own."""
+
+    def __call__(
+        self,
+        q_THK: Tensor,
+        k_THK: Tensor,
+        v_THV: Tensor,
+        pages: Tensor,
+        block_table: Tensor,
+        slots_T: Tensor,
+        query_offsets: Tensor,
+        key_counts: Tensor,
+        low_T: Tensor,
+        high_T: Tensor,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """(T, H, V). Sequence b's new tokens are its last ones. Token i sees the keys with the
+        places low[i] to high[i] - 1 of its sequence, and its own. ``pages`` is uint8
+        (pages, bytes), ``bias`` float32 of all pairs of new tokens and keys."""
+        ...
+
+
+def paged_attention(
+    heads: int, d_qk: int, d_v: int, dtype: torch.dtype, alpha: float, divisor: float, device: str
+) -> PagedAttention:
+    """The implementation of highest priority for a device and dtype; said once with its reason."""
+    make = _choose(str(dtype).removeprefix("torch."), device)
+    kernel: PagedAttention = make(heads, d_qk, d_v, dtype, alpha, divisor)
+    return kernel
+
+
+@functools.cache
+def _choose(dtype: str, device: str) -> Callable[..., Any]:
+    registry: Registry = PluginHost.discover().registry
+    fitting = [
+        kernel
+        for kernel in registry.kernels.values()
+        if kernel.op == OP and kernel.device == device and dtype in kernel.dtypes
+    ]
+    if not fitting:
+        logger.info("op %s in %s on %s: torch, no kernel is installed", OP, dtype, device)
+        return TorchPagedAttention
+    best = max(fitting, key=lambda kernel: kernel.priority)
+    logger.info("op %s in %s on %s: %s", OP, dtype, device, best.name)
+    make: Callable[..., Any] = best.resolve()
+    return make
