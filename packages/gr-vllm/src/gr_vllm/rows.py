@@ -18,6 +18,7 @@ from torch import Tensor
 from gr_vllm.checkpoint import Checkpoint
 
 _WORD_BYTES = 4
+NONCE_WORDS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class RowLayout:
     times: slice
     """Words of a token's time and the next one's, where the stack has a time bias."""
     nonce: slice
-    """Words that make a candidate's block unlike any other, for ``rows``."""
+    """Words that keep a block from being found by what it must not be, for ``rows``."""
     words: int
     """A."""
 
@@ -52,7 +53,7 @@ class RowLayout:
         interval = take(2 if rows else 0)
         group = take(1).start if checkpoint.layers.groups > 1 else None
         times = take(2 if checkpoint.layers.time_buckets else 0)
-        nonce = take(2 if rows else 0)
+        nonce = take(NONCE_WORDS if rows else 0)
         return RowLayout(
             checkpoint.layers.d_model if rows else 0, ids, interval, group, times, nonce, end
         )

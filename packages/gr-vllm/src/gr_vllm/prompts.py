@@ -1,0 +1,93 @@
+"""Prompts of vLLM from requests of the platform, by the kind of token that a checkpoint takes.
+
+``ids``: a token is one id of a table. ``columns``: it is several ids, and perhaps times; the worker
+sums up the rows of its tables. ``rows``: its embedding itself, made here, with who sees whom.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gr_core.contracts import EncodedRequest
+from gr_core.stack import StackModel, TokenSequence
+from gr_core.tokens import TokenModel
+from gr_vllm.checkpoint import Checkpoint
+from gr_vllm.rows import NONCE_WORDS, RowLayout
+
+Prompt = dict[str, Any]
+"""An input of vLLM's engine: ``prompt_token_ids`` or ``prompt_embeds``, and ``cache_salt``."""
+
+
+class Prompts:
+    """Makes the prompts of one checkpoint. Thread-safe."""
+
+    def __init__(self, checkpoint: Checkpoint, model: StackModel, dtype: torch.dtype) -> None:
+        self._kind = checkpoint.tokens
+        self._layout = RowLayout.of(checkpoint)
+        self._model = model
+        self._dtype = dtype
+
+    @property
+    def compute(self) -> bool:
+        """Whether `prompt` takes time, so that it belongs on a thread."""
+        return self._kind == "rows"
+
+    def prompt(self, request: EncodedRequest, sequence: TokenSequence) -> Prompt:
+        """For a sequence of at least one token."""
+        salt = sequence.salt.hex()
+        if self._kind == "ids":
+            assert isinstance(self._model, TokenModel)
+            ids = self._model.token_ids(sequence)[:, 0].tolist()
+            return {"prompt_token_ids": ids, "cache_salt": salt or None}
+        rows = self._columns(sequence) if self._kind == "columns" else self._rows(request, sequence)
+        return {"prompt_embeds": rows, "cache_salt": salt or None}
+
+    def _columns(self, sequence: TokenSequence) -> Tensor:
+        assert isinstance(self._model, TokenModel)
+        words_NA = np.empty((sequence.history, self._layout.words), np.int32)
+        words_NA[:, self._layout.ids] = self._model.token_ids(sequence)
+        self._put_times(words_NA, sequence)
+        return self._layout.join(None, torch.from_numpy(words_NA), self._dtype)
+
+    def _rows(self, request: EncodedRequest, sequence: TokenSequence) -> Tensor:
+        layout = self._layout
+        tokens = sequence.history + sequence.candidates
+        words_NA = np.zeros((tokens, layout.words), np.int32)
+        words_NA[:, layout.interval] = np.stack([sequence.low, sequence.high], 1)
+        if layout.group is not None:
+            assert sequence.groups is not None
+            words_NA[:, layout.group] = sequence.groups
+        self._put_times(words_NA, sequence)
+        # Beyond `reusable`, K and V may depend on later tokens, too: they may only be found again
+        # by the very same history.
+        words_NA[sequence.reusable : sequence.history, layout.nonce] = _words(
+            hashlib.blake2b(sequence.content.tobytes(), digest_size=4 * NONCE_WORDS).digest()
+        )
+        # The outputs of candidates are the answer, so their blocks may never be found.
+        words_NA[sequence.history :, layout.nonce] = _words(os.urandom(4 * NONCE_WORDS))
+        with torch.inference_mode():
+            x_ND = self._model.embed([request], [sequence], [0])
+            return layout.join(x_ND, torch.from_numpy(words_NA), self._dtype)
+
+    def _put_times(self, words_NA: npt.NDArray[np.int32], sequence: TokenSequence) -> None:
+        """Seconds since the oldest behaviour, which histories that may share K and V share."""
+        if self._layout.times.start == self._layout.times.stop:
+            return
+        assert sequence.times is not None
+        assert sequence.next_times is not None
+        times = np.stack([sequence.times, sequence.next_times], 1) - sequence.times[:1]
+        words_NA[:, self._layout.times] = times.clip(*_INT32)
+
+
+_INT32 = (np.iinfo(np.int32).min, np.iinfo(np.int32).max)
+
+
+def _words(digest: bytes) -> npt.NDArray[np.int32]:
+    return np.frombuffer(digest, np.int32)
