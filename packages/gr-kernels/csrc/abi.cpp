@@ -6,10 +6,15 @@
 #include "attention_op.h"
 #include "gr_kernels.h"
 #include "isa.h"
+#include "paged_attention.h"
 #include "stack.h"
 
 struct gr_stack {
   gr::Stack stack;
+};
+
+struct gr_paged {
+  gr::PagedAttention attention;
 };
 
 namespace {
@@ -26,6 +31,12 @@ const gr::Kernels* find_kernels(int dtype, const char* instruction_set) {
     if (std::strcmp((*k)->name, instruction_set) == 0) return *k;
   }
   return nullptr;
+}
+
+// bfloat16 may also be computed in float32.
+const gr::Kernels* find_either(int dtype, const char* instruction_set) {
+  const gr::Kernels* kernels = find_kernels(dtype, instruction_set);
+  return kernels ? kernels : find_kernels(GR_FLOAT32, instruction_set);
 }
 
 std::string wrong_in(const gr_stack_config& c) {
@@ -64,8 +75,7 @@ const char* gr_amx_absence(void) { return gr::amx_absence(); }
 
 int32_t gr_hstu_attention(const gr_attention_call* call, const char* instruction_set) {
   if (!call || !instruction_set) return fail(GR_INVALID, "no call or no instruction set");
-  const gr::Kernels* kernels = find_kernels(call->dtype, instruction_set);
-  if (!kernels) kernels = find_kernels(GR_FLOAT32, instruction_set);
+  const gr::Kernels* kernels = find_either(call->dtype, instruction_set);
   if (!kernels) {
     return fail(GR_INVALID, std::string("no kernels for ") + instruction_set + " on this processor");
   }
@@ -74,6 +84,51 @@ int32_t gr_hstu_attention(const gr_attention_call* call, const char* instruction
     return GR_OK;
   } catch (const std::bad_alloc&) {
     return fail(GR_NO_MEMORY, "not enough memory for the keys");
+  } catch (const std::exception& error) {
+    return fail(GR_INVALID, error.what());
+  }
+}
+
+gr_paged* gr_paged_create(const gr_paged_config* config, const char* instruction_set,
+                          int32_t threads) {
+  if (!config || !instruction_set || threads < 1 || threads > 1024) {
+    fail(GR_INVALID, "config or instruction set are missing, or threads are not 1 to 1024");
+    return nullptr;
+  }
+  if (config->heads < 1 || config->d_qk < 1 || config->d_v < 1 || !(config->divisor != 0) ||
+      (config->dtype != GR_FLOAT32 && config->dtype != GR_BFLOAT16)) {
+    fail(GR_INVALID, "a dimension is below 1, the divisor is 0, or there is no such dtype");
+    return nullptr;
+  }
+  const gr::Kernels* kernels = find_either(config->dtype, instruction_set);
+  if (!kernels) {
+    fail(GR_INVALID, std::string("no kernels for ") + instruction_set + " on this processor");
+    return nullptr;
+  }
+  try {
+    return new gr_paged{{*config, *kernels, threads}};
+  } catch (const std::bad_alloc&) {
+    fail(GR_NO_MEMORY, "not enough memory for a page");
+  } catch (const std::exception& error) {
+    fail(GR_INVALID, error.what());
+  }
+  return nullptr;
+}
+
+void gr_paged_destroy(gr_paged* paged) { delete paged; }
+
+int64_t gr_paged_page_bytes(const gr_paged* paged) { return paged->attention.page_bytes(); }
+
+int32_t gr_paged_run(gr_paged* paged, const gr_paged_call* call) {
+  if (!paged || !call) return fail(GR_INVALID, "no attention or no call");
+  try {
+    if (std::string wrong = paged->attention.check(*call); !wrong.empty()) {
+      return fail(GR_INVALID, wrong);
+    }
+    paged->attention.run(*call);
+    return GR_OK;
+  } catch (const std::bad_alloc&) {
+    return fail(GR_NO_MEMORY, "not enough memory for the workspace");
   } catch (const std::exception& error) {
     return fail(GR_INVALID, error.what());
   }

@@ -6,6 +6,7 @@
 
 #include "memory.h"
 #include "pool.h"
+#include "rows.h"
 #include "shape.h"
 
 namespace gr {
@@ -23,6 +24,7 @@ struct Piece {
 struct Call {
   const gr_attention_call& call;
   const Kernels& kernels;
+  Rows q_rows, k_rows, v_rows;
   Shape shape;
   std::vector<Piece> pieces;
   std::vector<uint64_t> blocks;          // of all sequences
@@ -35,37 +37,10 @@ struct Call {
   int64_t q_bytes, scores_bytes, sums_count, bias_count, rows_count, out_count, bias_stride;
 };
 
-// One row of q, k or v in float32; `scratch` holds it where it is not that already.
-const float* row_of(const gr_attention_call& call, const void* tensor, int64_t row, int64_t width,
-                    float* scratch) {
-  if (call.dtype == GR_FLOAT32) return (const float*)tensor + row * width;
-  const uint16_t* half = (const uint16_t*)tensor + row * width;
-  for (int64_t c = 0; c < width; ++c) {
-    const uint32_t bits = (uint32_t)half[c] << 16;
-    std::memcpy(scratch + c, &bits, 4);
-  }
-  return scratch;
-}
-
-void store_out(const gr_attention_call& call, const float* values, int64_t row, int64_t width) {
-  if (call.dtype == GR_FLOAT32) {
-    std::memcpy((float*)call.out + row * width, values, width * 4);
-    return;
-  }
-  uint16_t* out = (uint16_t*)call.out + row * width;
-  for (int64_t c = 0; c < width; ++c) {
-    uint32_t bits;
-    std::memcpy(&bits, values + c, 4);
-    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    // To the nearest, ties to even; a NaN stays one.
-    out[c] = is_nan ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-  }
-}
-
 // Keys of one sequence into its blocks, and as rows for queries that see their own beside a range.
 void pack_keys(const Call& c, int64_t sequence, int worker) {
   const gr_attention_call& call = c.call;
-  const int64_t qk = (int64_t)call.heads * call.d_qk, width = (int64_t)call.heads * call.d_v;
+  const int64_t qk = (int64_t)call.heads * call.d_qk;
   float* scratch = c.rows + worker * c.rows_count;
   for (int64_t key = call.key_offsets[sequence]; key < call.key_offsets[sequence + 1]; ++key) {
     const int64_t place = key - call.key_offsets[sequence];
@@ -73,15 +48,14 @@ void pack_keys(const Call& c, int64_t sequence, int worker) {
     at.block = (uint8_t*)c.blocks[c.first_block[sequence] + place / kBlockTokens];
     at.slot = place % kBlockTokens;
     at.own = (int32_t)(key - call.key_offsets[0]);
-    c.kernels.place_token(&c.shape, nullptr, 1.0f, row_of(call, call.k, key, qk, scratch),
-                          row_of(call, call.v, key, width, scratch + qk), &at, nullptr, c.own_k,
-                          c.own_v);
+    c.kernels.place_token(&c.shape, nullptr, 1.0f, c.k_rows.of(key, scratch),
+                          c.v_rows.of(key, scratch + qk), &at, nullptr, c.own_k, c.own_v);
   }
 }
 
 void attend_piece(const Call& c, const Piece& piece, int worker) {
   const gr_attention_call& call = c.call;
-  const int64_t qk = (int64_t)call.heads * call.d_qk, width = (int64_t)call.heads * call.d_v;
+  const int64_t width = (int64_t)call.heads * call.d_v;
   const int64_t first_key = call.key_offsets[piece.sequence];
   const int64_t keys = call.key_offsets[piece.sequence + 1] - first_key;
   uint8_t* q = c.q + worker * c.q_bytes;
@@ -92,8 +66,8 @@ void attend_piece(const Call& c, const Piece& piece, int worker) {
     const int64_t row = piece.row + r, own = call.own[row];
     const bool apart = own >= 0 && !(call.low[row] <= own && own < call.high[row]);
     places[r].own = apart ? (int32_t)(first_key + own - call.key_offsets[0]) : -1;
-    c.kernels.place_token(&c.shape, row_of(call, call.q, row, qk, c.rows + worker * c.rows_count),
-                          call.alpha, nullptr, nullptr, nullptr,
+    c.kernels.place_token(&c.shape, c.q_rows.of(row, c.rows + worker * c.rows_count), call.alpha,
+                          nullptr, nullptr, nullptr,
                           q + r * call.heads * c.shape.d_qk_padded * c.kernels.element_bytes,
                           nullptr, nullptr);
     if (bias) {
@@ -128,7 +102,7 @@ void attend_piece(const Call& c, const Piece& piece, int worker) {
     c.kernels.attend(&work);
   }
   for (int r = 0; r < piece.count; ++r) {
-    store_out(call, work.out + r * width, piece.row + r, width);
+    store_values(call.dtype, call.out, piece.row + r, work.out + r * width, width);
   }
 }
 
@@ -136,10 +110,15 @@ void attend_piece(const Call& c, const Piece& piece, int worker) {
 
 void hstu_attention(const gr_attention_call& call, const Kernels& kernels) {
   if (!call.sequences) return;
-  Call c{call, kernels, shape_of(kernels, 0, call.heads, call.d_qk, call.d_v), {}, {}, {},
+  const int64_t qk = (int64_t)call.heads * call.d_qk, width = (int64_t)call.heads * call.d_v;
+  const auto contiguous = [&](const void* data, int32_t columns) {
+    return Rows{call.dtype, data, (int64_t)call.heads * columns, columns, call.heads, columns};
+  };
+  Call c{call, kernels, contiguous(call.q, call.d_qk), contiguous(call.k, call.d_qk),
+         contiguous(call.v, call.d_v),
+         shape_of(kernels, 0, call.heads, call.d_qk, call.d_v), {}, {}, {},
          nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
          0, 0, 0, 0, 0, 0, 0};
-  const int64_t qk = (int64_t)call.heads * call.d_qk, width = (int64_t)call.heads * call.d_v;
   const int64_t all = call.key_offsets[call.sequences] - call.key_offsets[0];
   int64_t longest = 0, blocks = 0;
   for (int64_t s = 0; s < call.sequences; ++s) {

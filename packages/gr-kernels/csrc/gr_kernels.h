@@ -11,7 +11,7 @@ extern "C" {
 
 #define GR_API __attribute__((visibility("default")))
 
-#define GR_ABI_VERSION 1
+#define GR_ABI_VERSION 2
 #define GR_BLOCK_TOKENS 32
 
 enum gr_status { GR_OK = 0, GR_INVALID = 1, GR_NO_MEMORY = 2, GR_BUSY = 3 };
@@ -80,6 +80,42 @@ typedef struct {
 
 /* bfloat16 may also be computed on an instruction set that has float32 alone. */
 GR_API int32_t gr_hstu_attention(const gr_attention_call* call, const char* instruction_set);
+
+/* The op hstu_paged_attention, see gr_kernels/ops/hstu_paged_attention/interface.py: T tokens, B
+ * sequences, P pages, M pages of a row of the block table. */
+typedef struct {
+  int32_t dtype;                /* of q, k, v and out */
+  int32_t heads, d_qk, d_v;
+  float alpha, divisor;
+} gr_paged_config;
+
+typedef struct {
+  int64_t tokens, sequences, page_count, max_pages;  /* T, B, P, M */
+  int64_t page_stride;          /* bytes between pages, at least gr_paged_page_bytes() */
+  int64_t table_stride;         /* numbers between rows of block_table */
+  int64_t pairs;                /* numbers of bias */
+  const void *q, *k, *v;        /* (T, H, K), (T, H, K), (T, H, V), columns contiguous */
+  int64_t q_strides[2], k_strides[2], v_strides[2];  /* of tokens and heads, in elements */
+  void* pages;                  /* (P, page_stride) */
+  const int32_t* block_table;   /* (B, M) */
+  const int64_t* slots;         /* (T) */
+  const int64_t* query_offsets; /* (B + 1) */
+  const int32_t* key_counts;    /* (B) */
+  const int32_t *low, *high;    /* (T) */
+  const float* bias;            /* all pairs of all sequences, or null */
+  void* out;                    /* (T, H, V) */
+} gr_paged_call;
+
+typedef struct gr_paged gr_paged;
+
+/* Null on failure. Those with as many threads share them, and run one call at a time. bfloat16 may
+ * also be computed on an instruction set that has float32 alone. */
+GR_API gr_paged* gr_paged_create(const gr_paged_config* config, const char* instruction_set,
+                                 int32_t threads);
+GR_API void gr_paged_destroy(gr_paged* paged);
+GR_API int64_t gr_paged_page_bytes(const gr_paged* paged);
+/* Checks all numbers of the call, but not whether memory is where it is said to be. */
+GR_API int32_t gr_paged_run(gr_paged* paged, const gr_paged_call* call);
 
 /* Converts the weights; the caller's memory is not needed afterwards. Null on failure. */
 GR_API gr_stack* gr_stack_create(const gr_stack_config* config, const gr_layer_weights* layers,

@@ -8,6 +8,7 @@ import os
 
 from gr_core import KernelDescriptor
 from gr_core.errors import PlanError
+from gr_kernels import native
 from gr_kernels.descriptors import KERNELS, NATIVE
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ def wanted_isa(isa: str = "auto") -> str:
 
 
 def choose(op: str, dtype: str, isa: str = "auto") -> KernelDescriptor:
-    """The implementation of highest priority that is usable here.
+    """The implementation for the CPU of highest priority that is usable here.
 
     With the instruction set ``torch`` that is none in C++; with one of those that the kernels in
     C++ know, it is one of these. Raises `PlanError` where there is none.
@@ -29,11 +30,30 @@ def choose(op: str, dtype: str, isa: str = "auto") -> KernelDescriptor:
     return _choose(op, dtype, wanted_isa(isa))
 
 
+def plain_isa(op: str, dtype: str) -> str:
+    """The instruction set to use for an op on plain tensors, which bfloat16 may widen to float32.
+
+    Raises `PlanError` for one that is wanted and not here.
+    """
+    sets = tuple(
+        dict.fromkeys((*native.instruction_sets(dtype), *native.instruction_sets("float32")))
+    )
+    wanted = wanted_isa()
+    if wanted in ("auto", "torch"):
+        return sets[0]
+    if wanted not in sets:
+        raise PlanError(
+            f"op {op} in {dtype}: the instruction set asked for is {wanted!r}; expected "
+            f"auto, torch, or one of this processor's: {', '.join(sets)}"
+        )
+    return wanted
+
+
 @functools.cache
 def _choose(op: str, dtype: str, isa: str) -> KernelDescriptor:
     passed_over: list[str] = []
     for kernel in sorted(KERNELS, key=lambda kernel: -kernel.priority):
-        if kernel.op != op:
+        if kernel.op != op or kernel.device != "cpu":
             continue
         ok, reason = _usable(kernel, dtype, isa)
         if ok:

@@ -47,6 +47,27 @@ KERNELS = (
         probe=functools.partial(native.probe, "float32"),
     ),
     KernelDescriptor(
+        name="hstu_paged_attention-reference",
+        op="hstu_paged_attention",
+        factory="gr_kernels.ops.hstu_paged_attention.reference:TorchPagedAttention",
+        device="cpu",
+        dtypes=("float32", "bfloat16", "float16", "float64"),
+        supports="any; on other devices than the CPU too",
+        priority=0,
+        summary="torch, K and V gathered from plain pages",
+        probe=probe_torch,
+    ),
+    KernelDescriptor(
+        name="hstu_paged_attention-cpu",
+        op="hstu_paged_attention",
+        factory="gr_kernels.ops.hstu_paged_attention.cpu:CpuPagedAttention",
+        device="cpu",
+        dtypes=("float32", "bfloat16"),
+        priority=20,
+        summary="C++ for AVX2, AVX-512 and AMX, in place on pages of K and V in tiles",
+        probe=functools.partial(native.probe, "float32"),
+    ),
+    KernelDescriptor(
         name="hstu_stack-cpu-bfloat16",
         op="hstu_stack",
         factory="gr_kernels.ops.hstu_stack.cpu:CpuStack",
@@ -78,5 +99,12 @@ KERNELS = (
     ),
 )
 
-NATIVE = frozenset({"hstu_attention-cpu", "hstu_stack-cpu-bfloat16", "hstu_stack-cpu-float32"})
+NATIVE = frozenset(
+    {
+        "hstu_attention-cpu",
+        "hstu_paged_attention-cpu",
+        "hstu_stack-cpu-bfloat16",
+        "hstu_stack-cpu-float32",
+    }
+)
 """Names of those in C++, which know instruction sets."""

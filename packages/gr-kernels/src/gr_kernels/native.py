@@ -6,7 +6,7 @@ import ctypes
 import functools
 from pathlib import Path
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 """Of csrc/gr_kernels.h."""
 
 DTYPES = {"float32": 0, "bfloat16": 1}

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gr_core.errors import PlanError
 from gr_kernels import native
-from gr_kernels.choice import wanted_isa
+from gr_kernels.choice import plain_isa
 from gr_kernels.ops.hstu_attention.interface import sequences
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -90,23 +89,10 @@ def hstu_attention(
         **{name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()},
     )
     library = native.library()
-    status = library.gr_hstu_attention(ctypes.byref(call), _isa(dtype, wanted_isa()).encode())
+    status = library.gr_hstu_attention(
+        ctypes.byref(call), plain_isa("hstu_attention", dtype).encode()
+    )
     if status == _NO_MEMORY:
         raise MemoryError(f"hstu_attention: no memory for {len(k_SHK)} keys")
     assert status == 0
     return a_THV
-
-
-def _isa(dtype: str, wanted: str) -> str:
-    """The instruction set to use. Raises `PlanError` for one that is not here."""
-    sets = tuple(
-        dict.fromkeys((*native.instruction_sets(dtype), *native.instruction_sets("float32")))
-    )
-    if wanted in ("auto", "torch"):
-        return sets[0]
-    if wanted not in sets:
-        raise PlanError(
-            f"op hstu_attention in {dtype}: the instruction set asked for is {wanted!r}; expected "
-            f"auto, torch, or one of this processor's: {', '.join(sets)}"
-        )
-    return wanted
