@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gr_core import Behaviour
+from gr_hstu.testing import IDS, SID, write
 from gr_serve_grpc.client import Client
 
 FIRST = "item_id,title\n" + "a,A\n" * 3 + "b,B\n" * 2 + "c,C\n"
@@ -41,6 +42,24 @@ def test_a_server_of_another_plugins_model(repository: Path, serve, run, with_po
         ranked = client.recommend(candidates=["c", "a", "nothing"])
         assert [item.item_id for item in ranked.items] == ["a", "c"]
         assert list(ranked.unscored_item_ids) == ["nothing"]
+
+
+def test_semantic_ids_over_the_network(serve, run, tmp_path: Path):
+    """A model that generates: served, asked over the network and without it, and verified."""
+    write(tmp_path / "models", SID)
+    asked = ("-k", "5", "--task", "generate", "--json")
+    (tmp_path / "seen.json").write_text(json.dumps([{"item_id": 1003, "timestamp_ms": 1}]))
+    served = json.loads(
+        run("gr", "call", "--target", serve(), "--history", "seen.json", *asked).stdout
+    )
+    ids = [item["item_id"] for item in served["items"]]
+    assert [stage["task"] for stage in served["stages"]] == ["generate"]
+    assert len(set(ids)) == 5
+    assert set(ids) <= set(IDS) - {1003}
+    once = json.loads(run("gr", "recommend", "--history", "1003", *asked).stdout)
+    assert [item["item_id"] for item in once["items"]] == ids
+    rows = json.loads(run("gr", "verify", "--engine", "torch", "--json").stdout)
+    assert [(row["task"], row["ok"]) for row in rows] == [("generate", True)]
 
 
 def test_a_new_version_takes_over_and_a_damaged_one_does_not(

@@ -115,7 +115,7 @@ class MeanModel:
     def decode(
         self, task: Task, result: InferenceResult, head_weights: Mapping[str, float]
     ) -> tuple[FloatArray, FloatArray]:
-        if task is Task.RETRIEVE:
+        if task.finds_items:
             return result.scores, np.empty((len(result.scores), 0), np.float32)
         weights = head_weights or {"click": 0.75, "like": 0.25}
         vector = np.array([weights.get(head, 0.0) for head in HEADS], np.float32)
@@ -300,7 +300,7 @@ def model_descriptor(**changes: Any) -> ModelDescriptor:
     facts: dict[str, Any] = {
         "name": "mean",
         "factory": f"{__name__}:MeanModel",
-        "tasks": BOTH,
+        "tasks": tuple(Task),
         "formats": ("numpy",),
     }
     return ModelDescriptor(**(facts | changes))
@@ -311,7 +311,7 @@ def engine_descriptor(make: Callable[[], Any], **changes: Any) -> EngineDescript
         "name": "numpy",
         "factory": factory(make),
         "formats": ("numpy",),
-        "tasks": BOTH,
+        "tasks": tuple(Task),
         "devices": ("cpu",),
         "dtypes": ("float32",),
     }
@@ -324,7 +324,7 @@ def exporter_descriptor(make: Callable[[], Any], **changes: Any) -> ExporterDesc
         "factory": factory(make),
         "source": "numpy",
         "target": "pressed",
-        "tasks": BOTH,
+        "tasks": tuple(Task),
     }
     return ExporterDescriptor(**(facts | changes))
 

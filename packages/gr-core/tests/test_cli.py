@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 
 from gr_core.cli.app import run
+from gr_core.cli.options import TASKS
 from gr_core.testing.tiny import write_tiny_bundle
+from gr_core.types import Task
 
 PLUGIN = '''
 import asyncio, json
@@ -358,6 +360,11 @@ def test_recommend(gr: Gr, models: str, tmp_path: Path):
     (tmp_path / "request.json").write_text(json.dumps(request))
     answer = json.loads(gr("recommend", "--request", "request.json", "--json"))
     assert [stage["task"] for stage in answer["stages"]] == ["retrieve"]
+    wanted = ("--history", "1001", "--task")
+    shown = gr("recommend", *wanted, "generate", status=2)
+    assert "task: tiny has no model that generates" in shown
+    assert "candidates: none given" in gr("recommend", *wanted, "rank", status=2)
+    assert tuple(task.value for task in Task) == TASKS
 
 
 def test_a_wrong_request_names_all_that_is_wrong(gr: Gr, models: str, tmp_path: Path):

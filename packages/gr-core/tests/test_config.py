@@ -138,7 +138,10 @@ def test_every_problem_is_named_with_value_expectation_and_origin() -> None:
     ("text", "expected"),
     [
         ('[[models]]\nname="a"\n[[models]]\nname="a"', "models[1].name: 'a' is the name of"),
-        ('[[pipelines]]\nname="p"', "pipelines[0]: names no model; give retrieve, rank, or both"),
+        (
+            '[[pipelines]]\nname="p"',
+            "pipelines[0]: names no model; give retrieve, generate, rank, or several",
+        ),
         (
             '[[models]]\nname="a"\n[[pipelines]]\nname="p"\nrank="b"',
             "pipelines[0].rank: 'b' is not among the models: a",

@@ -197,7 +197,73 @@ async def test_the_task_can_be_forced(platform: Platform, serve: Serve) -> None:
             pipeline, request(HISTORY, model="both", task=Task.RANK)
         )
         wrong = await violations(pipeline, request(HISTORY, model="both", task=Task.GENERATE))
-        assert wrong == {"task": "generate, expected retrieve, rank or none"}
+        assert wrong == {"task": "both has no model that generates"}
+
+
+@asynccontextmanager
+async def generating(
+    folder: Path, lab: Lab, pipelines: Sequence[PipelineSpec] = ()
+) -> AsyncIterator[tuple[Pipeline, MeanModel]]:
+    """Serves ``maker``, which only generates, beside ``ranker`` and ``finder``."""
+    maker = write_model(folder, "maker", tasks=(Task.GENERATE,), seed=3)
+    write_model(folder, "ranker", tasks=(Task.RANK,), seed=2)
+    write_model(folder, "finder", tasks=(Task.RETRIEVE,), seed=1)
+    async with serving(folder, environment(lab=lab), (), pipelines) as pipeline:
+        yield pipeline, MeanModel(maker)
+
+
+async def test_a_model_that_only_generates_answers(tmp_path: Path) -> None:
+    async with generating(tmp_path, Lab()) as (pipeline, maker):
+        for task in (None, Task.GENERATE):
+            answer = await pipeline.recommend(request(HISTORY, model="maker", task=task, k=4))
+            assert ids(answer) == maker.best(HISTORY, 4, without=HISTORY)
+            assert answer.items[0].title == f"title of {answer.items[0].item_id}"
+            (stage,) = answer.stages
+            assert (stage.task, stage.model, stage.engine) == (Task.GENERATE, "maker", "numpy")
+        wrong = await violations(pipeline, request(HISTORY, model="maker", candidates=[110]))
+        assert wrong == {"task": "maker has no model that ranks; leave out the candidates"}
+        (served,) = (m for m in pipeline.models() if m.name == "maker")
+        assert served.stages == {Task.GENERATE: "maker"}
+        assert served.versions[0].engines == {Task.GENERATE: "numpy"}
+
+
+async def test_generated_items_are_ranked(tmp_path: Path) -> None:
+    spec = PipelineSpec("made", generate="maker", rank="ranker", retrieve_k=6, default=True)
+    async with generating(tmp_path, Lab(), [spec]) as (pipeline, maker):
+        answer = await pipeline.recommend(request(HISTORY, k=6))
+        assert [s.task for s in answer.stages] == [Task.GENERATE, Task.RANK]
+        found = maker.best(HISTORY, 6, without=HISTORY)
+        assert sorted(ids(answer), key=str) == sorted(found, key=str)
+        ranker = MeanModel(ModelRepository(tmp_path).bundle("ranker"))
+        assert ids(answer) == [i for i in ranker.best(HISTORY, 40) if i in found]
+        alone = await pipeline.recommend(request(HISTORY, k=3, task=Task.GENERATE))
+        assert ids(alone) == found[:3]
+        wrong = await violations(pipeline, request(HISTORY, version="1"))
+        assert "ranker and maker, in their active versions" in wrong["version"]
+
+
+async def test_a_request_may_ask_for_generation_beside_retrieval(tmp_path: Path) -> None:
+    spec = PipelineSpec("two", retrieve="finder", generate="maker", default=True)
+    async with generating(tmp_path, Lab(), [spec]) as (pipeline, maker):
+        (stage,) = (await pipeline.recommend(request(HISTORY))).stages
+        assert (stage.task, stage.model) == (Task.RETRIEVE, "finder")
+        answer = await pipeline.recommend(request(HISTORY, task=Task.GENERATE, k=5))
+        assert ids(answer) == maker.best(HISTORY, 5, without=HISTORY)
+
+
+async def test_seen_and_excluded_items_are_not_generated(tmp_path: Path) -> None:
+    lab = Lab()
+    twice = (*HISTORY, 100, 100, 101)
+    async with generating(tmp_path, lab) as (pipeline, maker):
+        banned = maker.best(HISTORY, 3, without=HISTORY)[1:]
+        answer = await pipeline.recommend(
+            request(twice, model="maker", k=5, exclude_item_ids=item_id_array(banned))
+        )
+        assert ids(answer) == maker.best(twice, 5, without=(*HISTORY, *banned))
+        seen = await pipeline.recommend(request(twice, model="maker", k=5, include_seen=True))
+        assert ids(seen) == maker.best(twice, 5)
+    asked = [encoded.k for batch in lab.batches for encoded in batch]
+    assert asked[-2:] == [5 + 3 + 2, 5], "an item that is left out twice is asked for once"
 
 
 async def test_seen_and_excluded_items_are_left_out(platform: Platform, serve: Serve) -> None:
@@ -397,6 +463,7 @@ async def test_the_first_is_the_default_where_none_is_named(serve: Serve) -> Non
         (PipelineSpec("p", retrieve="nobody"), "pipelines.p.retrieve: 'nobody' is not a served"),
         (PipelineSpec("p", rank="finder"), "task rank; there are: both, ranker"),
         (PipelineSpec("p", retrieve="ranker"), "task retrieve; there are: both, finder"),
+        (PipelineSpec("p", generate="both"), "pipelines.p.generate: .*there are: none"),
     ],
 )
 async def test_a_pipeline_of_models_that_cannot_is_refused(

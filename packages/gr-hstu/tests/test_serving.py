@@ -25,7 +25,19 @@ from gr_core.plugins.registry import Registry
 from gr_core.repository import ModelRepository
 from gr_hstu import plugin
 from gr_hstu.model import HSTUModel
-from gr_hstu.testing import IDS, ITEMS, KINDS, NOW_MS, a_request, load, write
+from gr_hstu.testing import (
+    IDS,
+    ITEMS,
+    KINDS,
+    NOW_MS,
+    SID,
+    a_request,
+    encode,
+    engine_of,
+    load,
+    load_sid,
+    write,
+)
 
 DEMO = PipelineSpec("demo", retrieve="research", rank="mtgr", retrieve_k=20, default=True)
 TOLERANCE = 1e-5
@@ -144,6 +156,47 @@ async def test_retrieve_then_rank(
         (Task.RETRIEVE, "research"),
         (Task.RANK, "mtgr"),
     ]
+
+
+async def test_generation(tmp_path: Path) -> None:
+    """Alone, and as what a ranker ranks: never what was seen, and as the engine itself says."""
+    model = load_sid(write(tmp_path, SID))
+    write(tmp_path, "mtgr")
+    repository = ModelRepository(tmp_path)
+    made = PipelineSpec("made", generate=SID, rank="mtgr", retrieve_k=20, default=True)
+    plain = dataclasses.replace(a_request(8, length=15, k=5), candidates=None)
+    env = Environment(registry())
+    pipeline = Pipeline(repository, [ModelSpec(SID), ModelSpec("mtgr")], [made], env)
+    await pipeline.start()
+    try:
+        alone = await pipeline.recommend(dataclasses.replace(plain, model=SID))
+        ranked = await pipeline.recommend(plain)
+    finally:
+        await pipeline.close()
+    seen = set(plain.history.item_ids.tolist())
+
+    def found(k: int) -> list[tuple[int, float]]:
+        encoded = encode(model, Task.GENERATE, plain, k + len(seen))
+        (result,) = engine_of(model).infer([encoded])
+        assert result.indices is not None
+        ids = model.catalogue.ids_of(result.indices).tolist()
+        pairs = zip(ids, result.scores.tolist(), strict=True)
+        return [(item, score) for item, score in pairs if item not in seen][:k]
+
+    assert [item.item_id for item in alone.items] == [item for item, _ in found(5)]
+    scores = [score for _, score in found(5)]
+    assert [item.score for item in alone.items] == pytest.approx(scores, abs=TOLERANCE)
+    assert [(s.task, s.engine, s.tokens) for s in alone.stages] == [(Task.GENERATE, "torch", 46)]
+    assert [(s.task, s.model) for s in ranked.stages] == [
+        (Task.GENERATE, SID),
+        (Task.RANK, "mtgr"),
+    ]
+    candidates = Candidates(np.array([item for item, _ in found(20)]))
+    ranker = load(repository.bundle("mtgr"))
+    expected = rank_scores(ranker, dataclasses.replace(plain, candidates=candidates))
+    best = sorted(expected, key=lambda item: -sum(expected[item]))[:5]
+    assert [item.item_id for item in ranked.items] == best
+    check_ranked(ranked, ranker, expected)
 
 
 async def test_many_at_once_are_answered_as_alone(

@@ -37,6 +37,7 @@ from gr_core.types import FloatArray, RecommendRequest
 from gr_core.validation import Limits
 
 TASKS = (Task.RETRIEVE, Task.RANK)
+ALL_TASKS = tuple(Task)
 SECRET = "the secret of the engine"
 
 
@@ -84,7 +85,7 @@ class ToyModel:
     def decode(
         self, task: Task, result: InferenceResult, head_weights: Mapping[str, float]
     ) -> tuple[FloatArray, FloatArray]:
-        if task is Task.RETRIEVE:
+        if task.finds_items:
             return result.scores, result.scores[:, None]
         given = head_weights or {"up": 1.0}
         weights = np.array([given.get(head, 0.0) for head in self.heads], np.float32)
@@ -114,7 +115,7 @@ class ToyEngine:
         return [self._infer(request) for request in batch]
 
     def _infer(self, request: EncodedRequest) -> InferenceResult:
-        if request.task is Task.RETRIEVE:
+        if request.task.finds_items:
             best = np.arange(1, min(request.k, self.size) + 1)
             return InferenceResult(-best.astype(np.float32), best)
         items = request.arrays["items"].astype(np.float32)
@@ -128,19 +129,19 @@ class ToyEngine:
 
 
 REGISTRY = Registry.of(
-    ModelDescriptor(name="toy", factory="serving_toy:ToyModel", tasks=TASKS, formats=("toy",)),
+    ModelDescriptor(name="toy", factory="serving_toy:ToyModel", tasks=ALL_TASKS, formats=("toy",)),
     EngineDescriptor(
         name="toy",
         factory="serving_toy:ToyEngine",
         formats=("toy",),
-        tasks=TASKS,
+        tasks=ALL_TASKS,
         devices=("cpu",),
         dtypes=("float32",),
     ),
 )
 
 
-def write_models(folder: Path, version: str = "1") -> None:
+def write_models(folder: Path, version: str = "1", tasks: Sequence[Task] = TASKS) -> None:
     """``numbers`` with the items 1 to 50, ``texts`` with the items item-1 to item-50."""
     for name, items in (
         ("numbers", list(range(1, 51))),
@@ -151,7 +152,7 @@ def write_models(folder: Path, version: str = "1") -> None:
             name=name,
             version=version,
             architecture="toy",
-            tasks=TASKS,
+            tasks=tasks,
             config={},
             catalogue=Catalogue(items, [f"Title of {i}" for i in items]),
             weights=lambda path: path.write_bytes(b"none"),

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import numpy as np
 import pytest
+import serving_toy
 
 from gr_core import Behaviour, Candidates, History, RecommendRequest, Task
 from gr_core.errors import InvalidRequest, NotFound
@@ -37,6 +39,23 @@ async def test_ranks_candidates_by_every_head(client: AsyncClient):
     assert answer.items[0].head_scores == {"up": 7, "down": -7}
     assert list(answer.unscored_item_ids) == [1234]
     assert answer.stages[0].tokens_reused == 1
+
+
+async def test_generates(serve, tmp_path: Path):
+    serving_toy.write_models(tmp_path, tasks=(Task.GENERATE, Task.RANK))
+    async with serve(folder=tmp_path) as running, AsyncClient(running.address) as client:
+        (numbers, _) = await client.list_models()
+        assert numbers.stages == {Task.RANK: "numbers", Task.GENERATE: "numbers"}
+        assert numbers.versions[0].engines == {Task.RANK: "toy", Task.GENERATE: "toy"}
+        for task in (None, Task.GENERATE):
+            answer = await client.recommend(history=[Behaviour(1, NOW)], k=3, task=task)
+            assert [item.item_id for item in answer.items] == [2, 3, 4]
+            assert [stage.task for stage in answer.stages] == [Task.GENERATE]
+
+
+async def test_a_model_that_does_not_generate_says_so(client: AsyncClient):
+    with pytest.raises(InvalidRequest, match="numbers has no model that generates"):
+        await client.recommend(task=Task.GENERATE)
 
 
 async def test_text_ids(client: AsyncClient):

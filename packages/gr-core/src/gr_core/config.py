@@ -143,12 +143,16 @@ class PipelineSection(Section):
     name: Name = Field(description="What requests give as their model.")
     retrieve: str = Field(default="", description="Model that retrieves from its catalogue.")
     rank: str = Field(default="", description="Model that ranks.")
+    generate: str = Field(
+        default="",
+        description="Model that generates; finds items without retrieve, or where asked to.",
+    )
     retrieve_k: int = Field(
-        default=100, ge=1, le=100_000, description="How many are retrieved to rank."
+        default=100, ge=1, le=100_000, description="How many items are found to rank."
     )
     rerank: bool = Field(
         default=True,
-        description="Whether retrieved items are ranked; false: given candidates only.",
+        description="Whether found items are ranked; false: given candidates only.",
     )
     default: bool = Field(
         default=False, description="Whether it answers requests that name no model."
@@ -561,9 +565,9 @@ def _inconsistencies(config: Config) -> Iterator[Violation]:
     names = [model.name for model in config.models]
     for index, pipeline in enumerate(config.pipelines):
         where = f"pipelines[{index}]"
-        if not pipeline.retrieve and not pipeline.rank:
-            yield Violation(where, "names no model; give retrieve, rank, or both")
-        for stage in ("retrieve", "rank"):
+        if not pipeline.retrieve and not pipeline.rank and not pipeline.generate:
+            yield Violation(where, "names no model; give retrieve, generate, rank, or several")
+        for stage in ("retrieve", "rank", "generate"):
             model = getattr(pipeline, stage)
             if model and names and model not in names:
                 yield Violation(

@@ -66,11 +66,24 @@ class PipelineSpec:
     name: str
     retrieve: str = ""
     rank: str = ""
+    generate: str = ""
+    """Finds items in place of ``retrieve``: where there is none, or a request asks for it."""
     retrieve_k: int = 100
-    """How many items are retrieved to be ranked."""
+    """How many items are found to be ranked."""
     rerank: bool = True
-    """Whether retrieved items are ranked; otherwise ``rank`` scores given candidates only."""
+    """Whether found items are ranked; otherwise ``rank`` scores given candidates only."""
     default: bool = False
+
+    @property
+    def stages(self) -> Mapping[Task, str]:
+        """The model of each task that there is one for."""
+        models = {Task.RETRIEVE: self.retrieve, Task.RANK: self.rank, Task.GENERATE: self.generate}
+        return {task: model for task, model in models.items() if model}
+
+    def finder(self, request: RecommendRequest) -> Task | None:
+        """The task that finds items for a request, None if none of the models does."""
+        wanted = (Task.RETRIEVE, Task.GENERATE) if request.task is None else (request.task,)
+        return next((task for task in wanted if task in self.stages), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +129,14 @@ class _Run:
     unknown_items: int = 0
     history_length: int = 0
     """Of the whole history, also where the request brought a part of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Finder:
+    """What finds the items of an answer."""
+
+    task: Task
+    deployment: Deployment
 
 
 class Pipeline:
@@ -212,11 +233,15 @@ class Pipeline:
         reranks = not ranking and request.task is None and bool(route.rank) and route.rerank
         with ExitStack() as leases:
             ranker = self._lease(leases, route.rank, request) if ranking or reranks else None
-            retriever = None if ranking else self._lease(leases, route.retrieve, request)
+            finder = None
+            if not ranking:
+                task = route.finder(request)
+                assert task is not None, "a request that nothing can answer is misrouted"
+                finder = _Finder(task, self._lease(leases, route.stages[task], request))
             if self._histories is None or not request.user_id:
                 if request.history_handle:
                     raise UnknownHistory
-                return await self._stages(route, retriever, ranker, request, run)
+                return await self._stages(route, finder, ranker, request, run)
             # Drawn before anything is awaited, with the leases: these versions answer.
             owner, drops = self._owner(route, request), self._histories.drops
             known = None
@@ -224,33 +249,34 @@ class Pipeline:
                 known = self._histories.find(request.history_handle, owner)
             whole = await self._whole_history(self._histories, owner, request, known, run)
             request = replace(request, history=whole.history, history_handle=b"")
-            answer = await self._stages(route, retriever, ranker, request, run)
+            answer = await self._stages(route, finder, ranker, request, run)
             return replace(answer, history_handle=self._histories.keep(whole, known, drops))
 
     async def _stages(
         self,
         route: PipelineSpec,
-        retriever: Deployment | None,
+        finder: _Finder | None,
         ranker: Deployment | None,
         request: RecommendRequest,
         run: _Run,
     ) -> Recommendation:
-        """Retrieves, ranks, or both, as deployments are given."""
-        if retriever is None:
+        """Finds items, ranks, or both, as deployments are given."""
+        if finder is None:
             assert ranker is not None
             return await self._rank(ranker, request, run)
         if ranker is None:
-            return await self._retrieve(retriever, request, run)
+            indices, scores = await self._find(finder, request, request.k, run)
+            return self._compose(finder.deployment, request, run, indices, scores, None, ())
         wanted = max(route.retrieve_k, request.k)
-        indices, _ = await self._retrieve_indices(retriever, request, wanted, run)
-        found = Candidates(retriever.model.catalogue.ids_of(indices))
+        indices, _ = await self._find(finder, request, wanted, run)
+        found = Candidates(finder.deployment.model.catalogue.ids_of(indices))
         return await self._rank(ranker, replace(request, candidates=found), run)
 
     def _owner(self, route: PipelineSpec, request: RecommendRequest) -> Owner:
         """The user and all models of a route, whichever of them the request needs."""
         models = [
-            (model, self._rollout.deployment(model, request.version).version if model else "")
-            for model in (route.retrieve, route.rank)
+            (model, self._rollout.deployment(model, request.version).version)
+            for model in route.stages.values()
         ]
         return Owner.of(request.user_id, models)
 
@@ -268,30 +294,27 @@ class Pipeline:
         run.history_length = len(whole.history)
         return whole
 
-    async def _retrieve(
-        self, deployment: Deployment, request: RecommendRequest, run: _Run
-    ) -> Recommendation:
-        indices, scores = await self._retrieve_indices(deployment, request, request.k, run)
-        return self._compose(deployment, request, run, indices, scores, None, ())
-
-    async def _retrieve_indices(
-        self, deployment: Deployment, request: RecommendRequest, k: int, run: _Run
+    async def _find(
+        self, finder: _Finder, request: RecommendRequest, k: int, run: _Run
     ) -> tuple[IntArray, FloatArray]:
         """The best k indices that are not excluded, (≤ k,), and their scores."""
+        task, deployment = finder.task, finder.deployment
         model = deployment.model
         encoding, excluded = await self._features(
             _rows(request),
             run,
-            lambda: (model.encode(request, Task.RETRIEVE), _excluded(model, request)),
+            lambda: (model.encode(request, task), _excluded(model, request)),
         )
         run.unknown_items = encoding.unknown_items
+        if task is Task.GENERATE:
+            excluded = np.unique(excluded)  # a search is as wide as it is deep
         fetched = min(len(model.catalogue), k + len(excluded))
         encoded = replace(encoding.request, k=fetched)
-        batched = await deployment.infer(Task.RETRIEVE, encoded, request.deadline)
-        run.stages.append(_stage(deployment, Task.RETRIEVE, encoding, batched))
+        batched = await deployment.infer(task, encoded, request.deadline)
+        run.stages.append(_stage(deployment, task, encoding, batched))
         result = batched.result
         assert result.indices is not None
-        scores, _ = model.decode(Task.RETRIEVE, result, request.head_weights)
+        scores, _ = model.decode(task, result, request.head_weights)
         passed_over = np.zeros(len(model.catalogue) + 1, np.bool_)
         passed_over[excluded] = True
         (keep,) = (~passed_over[result.indices]).nonzero()
@@ -381,26 +404,27 @@ class Pipeline:
     def _misrouted(self, route: PipelineSpec, request: RecommendRequest) -> list[Violation]:
         """What a request asks for that the models of its route cannot do."""
         found = []
-        if request.task not in (None, Task.RETRIEVE, Task.RANK):
-            found.append(Violation("task", f"{request.task}, expected retrieve, rank or none"))
-        elif _ranks(request) and not route.rank:
+        if _ranks(request) and not route.rank:
             found.append(
                 Violation("task", f"{route.name} has no model that ranks; leave out the candidates")
             )
         elif _ranks(request) and not request.candidates:
             found.append(Violation("candidates", "none given, but there is nothing to rank"))
-        elif not _ranks(request) and not route.retrieve:
-            found.append(
-                Violation("candidates", f"none given, and {route.name} has no model that retrieves")
-            )
+        elif not _ranks(request) and route.finder(request) is None:
+            if request.task is Task.GENERATE:
+                found.append(Violation("task", f"{route.name} has no model that generates"))
+            else:
+                problem = f"none given, and {route.name} has no model that retrieves"
+                found.append(Violation("candidates", problem))
         version = request.version
-        if version and len({route.retrieve, route.rank} - {""}) > 1:
+        composed = dict.fromkeys(route.stages.values())
+        if version and len(composed) > 1:
             version = ""
             found.append(
                 Violation(
                     "version",
-                    f"{route.name} composes {route.retrieve} and {route.rank}, in their active "
-                    "versions; name one of these models to choose a version",
+                    f"{route.name} composes {' and '.join(composed)}, in their active versions; "
+                    "name one of these models to choose a version",
                 )
             )
         if request.head_weights:
@@ -440,14 +464,10 @@ class Pipeline:
             ServedModel(
                 name=route.name,
                 default=route.default,
-                stages={
-                    task: model
-                    for task, model in ((Task.RETRIEVE, route.retrieve), (Task.RANK, route.rank))
-                    if model
-                },
+                stages=route.stages,
                 versions=[
                     _describe(deployment, active)
-                    for model in dict.fromkeys(filter(None, (route.retrieve, route.rank)))
+                    for model in dict.fromkeys(route.stages.values())
                     for deployment, active in self._rollout.deployments(model)
                 ],
             )
@@ -498,8 +518,8 @@ def _routes(
     for spec in pipelines:
         if spec.name in routes:
             raise ConfigurationError(f"pipelines: {spec.name!r} occurs twice")
-        for task, model in ((Task.RETRIEVE, spec.retrieve), (Task.RANK, spec.rank)):
-            if model and task not in tasks.get(model, ()):
+        for task, model in spec.stages.items():
+            if task not in tasks.get(model, ()):
                 able = ", ".join(n for n, t in tasks.items() if task in t) or "none"
                 raise ConfigurationError(
                     f"pipelines.{spec.name}.{task}: {model!r} is not a served model with the task "
@@ -511,6 +531,7 @@ def _routes(
             name=model,
             retrieve=model if Task.RETRIEVE in can else "",
             rank=model if Task.RANK in can else "",
+            generate=model if Task.GENERATE in can else "",
             rerank=False,
         )
         routes.setdefault(model, alone)
@@ -523,7 +544,7 @@ def _routes(
 
 
 def _ranks(request: RecommendRequest) -> bool:
-    """Whether given candidates are to be ranked, rather than items retrieved."""
+    """Whether given candidates are to be ranked, rather than items found."""
     return bool(request.candidates) if request.task is None else request.task is Task.RANK
 
 
@@ -532,7 +553,7 @@ def _rows(request: RecommendRequest) -> int:
 
 
 def _excluded(model: Model, request: RecommendRequest) -> IntArray:
-    """Catalogue indices that may not be retrieved, some perhaps more than once."""
+    """Catalogue indices that may not be answered, some perhaps more than once."""
     excluded = model.catalogue.indices_of(request.exclude_item_ids)
     if not request.include_seen:
         seen = model.catalogue.indices_of(request.history.item_ids)

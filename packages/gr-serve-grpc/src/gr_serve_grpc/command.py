@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import click
 
-from gr_core.cli.options import json_option
+from gr_core.cli.options import TASKS, json_option
 from gr_core.cli.output import emit, table
 from gr_core.cli.recommend import print_answer
 from gr_core.errors import ConfigurationError, InvalidRequest, Violation
@@ -33,8 +33,11 @@ PEM = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="Behaviours as a JSON list, or one JSON object a line; - reads standard input. "
     'One is {"item_id": 42, "timestamp_ms": 1700000000000, "signals": {"is_liked": 1}}.',
 )
-@click.option("--candidates", metavar="ID,…", help="Items to rank; default: retrieve.")
-@click.option("--exclude", metavar="ID,…", help="Items that must not be retrieved.")
+@click.option("--candidates", metavar="ID,…", help="Items to rank; default: find some.")
+@click.option("--exclude", metavar="ID,…", help="Items that must not be found.")
+@click.option(
+    "--task", type=click.Choice(TASKS), help="One stage alone; default: what the models can."
+)
 @click.option("-k", "--k", type=int, help="How many items.  [default: 10]")
 @click.option("--user-id", help="Owner of cached state.")
 @click.option(
@@ -65,6 +68,7 @@ def call(
     history: IO[str] | None,
     candidates: str | None,
     exclude: str | None,
+    task: str | None,
     k: int | None,
     user_id: str | None,
     history_handle: str | None,
@@ -96,6 +100,8 @@ def call(
         given["history_handle"] = request_of(
             {"history_handle": history_handle}, "--history-handle"
         ).history_handle
+    if task is not None:
+        given["task"] = Task(task)
     if weights:
         given["head_weights"] = dict(map(_weight, weights))
     request = replace(request, **{key: v for key, v in given.items() if v is not None})

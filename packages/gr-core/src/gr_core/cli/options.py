@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
+TASKS = ("retrieve", "rank", "generate")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 
 

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING
 
 import click
 
-from gr_core.cli.options import Setup, configured, engine_options, json_option
+from gr_core.cli.options import TASKS, Setup, configured, engine_options, json_option
 from gr_core.cli.output import emit, table
 
 if TYPE_CHECKING:
@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 @click.option("--model", default="", help="Name of a model or pipeline; default: the default one.")
 @click.option("--version", "model_version", default="", help="Version; default: the active one.")
 @click.option("--history", metavar="ID,…", default="", help="Items of the history, oldest first.")
-@click.option("--candidates", metavar="ID,…", default="", help="Items to rank; default: retrieve.")
+@click.option("--candidates", metavar="ID,…", default="", help="Items to rank; default: find some.")
+@click.option(
+    "--task", type=click.Choice(TASKS), help="One stage alone; default: what the models can."
+)
 @click.option("-k", type=int, default=None, help="How many items.  [default: 10]")
 @click.option(
     "--request", "file", type=click.File("r"), help="A request as JSON; - reads standard input."
@@ -42,6 +45,7 @@ def recommend(
     model_version: str,
     history: str,
     candidates: str,
+    task: str | None,
     k: int | None,
     file: IO[str] | None,
 ) -> None:
@@ -51,7 +55,7 @@ def recommend(
     """
     from gr_core.errors import InvalidRequest, Violation
     from gr_core.json_requests import answer_as_dict, request_of
-    from gr_core.types import Candidates, History, RecommendRequest, item_id_array
+    from gr_core.types import Candidates, History, RecommendRequest, Task, item_id_array
 
     request = RecommendRequest(History())
     if file is not None:
@@ -73,6 +77,7 @@ def recommend(
         k=k if k is not None else request.k,
         model=model or request.model,
         version=model_version or request.version,
+        task=request.task if task is None else Task(task),
     )
     setup = setup.override_models(strategy=strategy, device=device, dtype=dtype)
     answer = asyncio.run(_recommend(_needed(setup, request.model), setup.registry, request))
@@ -85,7 +90,7 @@ def recommend(
 def _needed(setup: Setup, name: str) -> Config:
     """The configuration without the models that answer to other names, which need no loading."""
     pipelines = tuple(p for p in setup.config.pipelines if p.name == name)
-    models = {m for p in pipelines for m in (p.retrieve, p.rank) if m} or {name}
+    models = {m for p in pipelines for m in (p.retrieve, p.rank, p.generate) if m} or {name}
     if not models <= {model.name for model in setup.models()}:
         return setup.config
     chosen = tuple(setup.models(sorted(models)))
