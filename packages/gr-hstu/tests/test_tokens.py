@@ -52,3 +52,13 @@ def test_other_models_say_so(tmp_path: Path, kind: str) -> None:
         model.token_tables()
     with pytest.raises(PlanError, match="only models for retrieval"):
         model.readout()
+
+
+def test_given_items_are_rows_of_the_readout(tmp_path: Path) -> None:
+    model = load(write(tmp_path, "research"))
+    request = encode(model, Task.RANK, a_request(3, 9, candidates=5))
+    rows = model.answer_ids(request)
+    x = torch.randn(1, CONFIGS["research"].d_model)
+    (scores,) = model.outputs(Task.RANK, [request], x)
+    readout = model.readout()
+    torch.testing.assert_close(scores[:, 0], readout.table[rows] @ normalized(x[0], readout))

@@ -231,6 +231,24 @@ class Health:
     reason: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """A number that an engine keeps of itself, under the name that its users know."""
+
+    name: str
+    """As Prometheus has it, without the ``_total`` of counters."""
+    value: float
+    kind: Literal["counter", "gauge"]
+    description: str
+
+
+@runtime_checkable
+class MeasuredEngine(Protocol):
+    """What an engine may offer besides: its own measurements, cheap to get, from any thread."""
+
+    def measurements(self) -> Sequence[Measurement]: ...
+
+
 class EngineBase(Protocol):
     """The life of an engine: made by its factory without arguments, loaded, warmed up, closed."""
 

@@ -15,7 +15,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from gr_core.contracts import EncodedRequest
 from gr_core.stack import StackModel, TokenSequence
+from gr_core.types import IntArray
 
 Norm = Literal["none", "l2", "layer"]
 """x; x / max(|x|, eps); (x - mean) / sqrt(variance + eps)."""
@@ -45,7 +47,7 @@ class Readout:
 class TokenModel(StackModel, Protocol):
     """A model that opens both ends of its stack. All methods are thread-safe.
 
-    `token_tables` and `readout` raise `PlanError` where the model's tokens or answers are made in
+    A token sees all tokens before it, and none behind. `token_tables` and `readout` raise `PlanError` where the model's tokens or answers are made in
     another way.
     """
 
@@ -57,4 +59,8 @@ class TokenModel(StackModel, Protocol):
 
     def token_ids(self, sequence: TokenSequence) -> npt.NDArray[np.int32]:
         """Ids of a history's tokens, (N, W)."""
+        ...
+
+    def answer_ids(self, request: EncodedRequest) -> IntArray:
+        """Rows of the readout's table that score the candidates of a request to rank, (C,)."""
         ...

@@ -16,7 +16,7 @@ from gr_core.repository import Bundle, Catalogue
 from gr_core.stack import Stack, TokenSequence
 from gr_core.steps import Step
 from gr_core.tokens import Readout, TokenTables
-from gr_core.types import FloatArray, RecommendRequest, Task
+from gr_core.types import FloatArray, IntArray, RecommendRequest, Task
 from gr_hstu.config import HSTUConfig, MTGRConfig
 from gr_hstu.features import FeatureSchema
 from gr_hstu.jagged import JaggedRetrieval, jagged, stack_of
@@ -240,6 +240,9 @@ class HSTUModel:
 
     def token_ids(self, sequence: TokenSequence) -> npt.NDArray[np.int32]:
         return self._summed_tokens().ids(sequence)
+
+    def answer_ids(self, request: EncodedRequest) -> IntArray:
+        return self._summed_tokens().answer_ids(request)
 
     def _summed_tokens(self) -> JaggedRetrieval:
         if not isinstance(self._jagged, JaggedRetrieval):

@@ -79,6 +79,8 @@ class Checkpoint:
     version: str
     identity: str
     """Of the bundle, hexadecimal."""
+    dtype: str
+    """What is computed in, and what the columns of a prompt's rows are."""
     layers: Layers
     tables: tuple[int, ...]
     """Rows of the tables whose rows a token is the sum of; none where prompts have ``rows``."""
@@ -95,13 +97,13 @@ class Checkpoint:
     causal: bool
     """Whether no token sees a later one, so that prompts may be computed in chunks."""
 
-    def write(self, folder: Path, dtype: str) -> None:
+    def write(self, folder: Path) -> None:
         """config.json, in the terms of Hugging Face, so that vLLM can size its memory."""
         layers = self.layers
         config: dict[str, Any] = {
             "architectures": [ARCHITECTURES[self.role]],
             "model_type": MODEL_TYPE,
-            "dtype": dtype,
+            "dtype": self.dtype,
             "vocab_size": self.vocabulary,
             "hidden_size": layers.d_model,
             "num_hidden_layers": layers.num_layers,

@@ -22,32 +22,32 @@ from gr_vllm.checkpoint import Checkpoint
 from gr_vllm.rows import NONCE_WORDS, RowLayout
 
 Prompt = dict[str, Any]
-"""An input of vLLM's engine: ``prompt_token_ids`` or ``prompt_embeds``, and ``cache_salt``."""
+"""What vLLM calls a rendered input: ``type``, the tokens, and ``cache_salt`` where there is one."""
 
 
 class Prompts:
     """Makes the prompts of one checkpoint. Thread-safe."""
 
-    def __init__(self, checkpoint: Checkpoint, model: StackModel, dtype: torch.dtype) -> None:
+    def __init__(self, checkpoint: Checkpoint, model: StackModel) -> None:
         self._kind = checkpoint.tokens
         self._layout = RowLayout.of(checkpoint)
         self._model = model
-        self._dtype = dtype
-
-    @property
-    def compute(self) -> bool:
-        """Whether `prompt` takes time, so that it belongs on a thread."""
-        return self._kind == "rows"
+        self._dtype: torch.dtype = getattr(torch, checkpoint.dtype)
 
     def prompt(self, request: EncodedRequest, sequence: TokenSequence) -> Prompt:
         """For a sequence of at least one token."""
-        salt = sequence.salt.hex()
+        prompt: Prompt
         if self._kind == "ids":
             assert isinstance(self._model, TokenModel)
             ids = self._model.token_ids(sequence)[:, 0].tolist()
-            return {"prompt_token_ids": ids, "cache_salt": salt or None}
-        rows = self._columns(sequence) if self._kind == "columns" else self._rows(request, sequence)
-        return {"prompt_embeds": rows, "cache_salt": salt or None}
+            prompt = {"type": "token", "prompt_token_ids": ids}
+        elif self._kind == "columns":
+            prompt = {"type": "embeds", "prompt_embeds": self._columns(sequence)}
+        else:
+            prompt = {"type": "embeds", "prompt_embeds": self._rows(request, sequence)}
+        if sequence.salt:
+            prompt["cache_salt"] = sequence.salt.hex()
+        return prompt
 
     def _columns(self, sequence: TokenSequence) -> Tensor:
         assert isinstance(self._model, TokenModel)

@@ -15,7 +15,7 @@ from torch import Tensor
 from gr_core.contracts import EncodedRequest
 from gr_core.stack import TokenSequence
 from gr_core.tokens import Norm, Readout, TokenTables
-from gr_core.types import Task
+from gr_core.types import IntArray, Task
 from gr_hstu.jagged.intervals import Int32Array, hstu_intervals
 from gr_hstu.jagged.rows import (
     by_column,
@@ -101,6 +101,9 @@ class JaggedRetrieval:
 
     def ids(self, sequence: TokenSequence) -> Int32Array:
         return to_ids(sequence.content)[:, : 1 + self._signals]
+
+    def answer_ids(self, request: EncodedRequest) -> IntArray:
+        return request.arrays["candidate_items"]
 
     @torch.inference_mode()
     def outputs(

@@ -46,9 +46,9 @@ class VllmExporter:
             raise PlanError(
                 f"exporter vllm: dtype is {options.dtype!r}; expected one of {', '.join(DTYPES)}"
             )
-        checkpoint, tensors = convert(model)
+        checkpoint, tensors = convert(model, options.dtype)
         save_file(tensors, out_dir / WEIGHTS)
-        checkpoint.write(out_dir, options.dtype)
+        checkpoint.write(out_dir)
         logger.info(
             "%s/%s: %s with prompts of %s, %d tensors",
             checkpoint.name,
@@ -60,7 +60,7 @@ class VllmExporter:
         return Artifact("vllm", out_dir)
 
 
-def convert(model: StackModel) -> tuple[Checkpoint, dict[str, Tensor]]:
+def convert(model: StackModel, dtype: str) -> tuple[Checkpoint, dict[str, Tensor]]:
     """What a model directory says and holds. Raises `PlanError` where vLLM cannot run a model."""
     role = _role(model)
     task = {"generation": Task.GENERATE, "retrieval": Task.RETRIEVE, "ranking": Task.RANK}[role]
@@ -88,6 +88,7 @@ def convert(model: StackModel) -> tuple[Checkpoint, dict[str, Tensor]]:
         name=bundle.name,
         version=bundle.version,
         identity=bundle.identity.hex(),
+        dtype=dtype,
         layers=layers,
         tables=() if tables is None else tuple(len(table) for table in tables.tables),
         places=0 if tables is None or tables.places is None else len(tables.places),

@@ -21,7 +21,7 @@ class GrHSTUConfig(PretrainedConfig):  # type: ignore[misc]
         super().__init__(**kwargs)
         if gr_hstu is not None and self.checkpoint.tokens != "ids":
             # vLLM's word for the width of a prompt's embeddings, where it is not hidden_size.
-            dtype = torch.float32 if self.dtype is None else self.dtype
+            dtype = getattr(torch, self.checkpoint.dtype)
             self.projection_size = RowLayout.of(self.checkpoint).width(dtype)
 
     @property
