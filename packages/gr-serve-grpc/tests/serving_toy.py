@@ -25,6 +25,7 @@ from gr_core.contracts import (
     EngineOptions,
     Health,
     InferenceResult,
+    Measurement,
     Model,
     PrefixStability,
 )
@@ -120,6 +121,12 @@ class ToyEngine:
             return InferenceResult(-best.astype(np.float32), best)
         items = request.arrays["items"].astype(np.float32)
         return InferenceResult(np.stack([items, -items], 1), tokens_reused=1)
+
+    def measurements(self) -> Sequence[Measurement]:
+        return [
+            Measurement("toy:answers", CONTROL.answered, "counter", "Requests answered."),
+            Measurement("toy:items", self.size, "gauge", "Items of the catalogue."),
+        ]
 
     def health(self) -> Health:
         return Health(CONTROL.healthy, "" if CONTROL.healthy else "the toy is broken")

@@ -339,6 +339,8 @@ async def test_metrics_of_calls_stages_batches_and_queues(serve):
         assert metrics[f"gr_tokens_reused_total{{{stage}}}"] == 3
         assert metrics[f"gr_batch_size_count{{{stage}}}"] >= 3
         assert metrics['gr_queue_depth{queue="numbers/1/toy"}'] == 0
+        assert metrics['toy:items{engine="numbers/1/toy"}'] == 50
+        assert metrics['toy:answers_total{engine="texts/1/toy"}'] >= 3
         assert metrics['gr_model_loads_total{model="texts",state="ready",version="1"}'] == 1
         assert "films" not in page, "labels must not come from requests"
         # Once the server is gone, so are the gauges of its pipeline.

@@ -25,6 +25,8 @@ from gr_core.contracts import (
     EntryCache,
     Health,
     InferenceResult,
+    MeasuredEngine,
+    Measurement,
     Model,
 )
 from gr_core.errors import DeadlineExceeded, GrError, Overloaded, PlanError, Unavailable
@@ -234,6 +236,14 @@ class Deployment:
         return {
             f"{self.name}/{self.version}/{entry.plan.engine.name}": entry.runner.depth
             for entry in self._loaded.values()
+        }
+
+    def measurements(self) -> Mapping[str, Sequence[Measurement]]:
+        """What engines measure of themselves, by ``model/version/engine``."""
+        return {
+            f"{self.name}/{self.version}/{entry.plan.engine.name}": entry.engine.measurements()
+            for entry in self._loaded.values()
+            if isinstance(entry.engine, MeasuredEngine)
         }
 
     @contextmanager

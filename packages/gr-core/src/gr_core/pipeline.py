@@ -17,7 +17,7 @@ import numpy as np
 from gr_core.artifacts import cache_folder
 from gr_core.batcher import Batched, BatchingOptions
 from gr_core.caches import open_caches
-from gr_core.contracts import CacheStatistics, Encoding, Health, Model
+from gr_core.contracts import CacheStatistics, Encoding, Health, Measurement, Model
 from gr_core.deployment import Deployment, Environment, ModelSpec
 from gr_core.errors import (
     ConfigurationError,
@@ -500,6 +500,10 @@ class Pipeline:
     def queue_depths(self) -> Mapping[str, int]:
         """Requests waiting, by ``model/version/engine``."""
         return self._rollout.queue_depths()
+
+    def measurements(self) -> Mapping[str, Sequence[Measurement]]:
+        """What engines measure of themselves, by ``model/version/engine``."""
+        return self._rollout.measurements()
 
     async def close(self) -> None:
         """Refuses new requests, finishes the accepted ones, then frees everything."""

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from gr_core.contracts import Health
+from gr_core.contracts import Health, Measurement
 from gr_core.deployment import Deployment, Environment, ModelSpec
 from gr_core.errors import BundleError, ConfigurationError, GrError, NotFound, Unavailable
 from gr_core.observers import LoadEvent
@@ -106,6 +106,14 @@ class Rollout:
             for slot in self._slots.values()
             for deployment in slot.versions.values()
             for name, depth in deployment.queue_depths().items()
+        }
+
+    def measurements(self) -> dict[str, Sequence[Measurement]]:
+        return {
+            name: measured
+            for slot in self._slots.values()
+            for deployment in slot.versions.values()
+            for name, measured in deployment.measurements().items()
         }
 
     async def close(self) -> None:

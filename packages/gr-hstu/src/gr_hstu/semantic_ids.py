@@ -16,7 +16,7 @@ from gr_core.generation import Tokens
 from gr_core.repository import Bundle, Catalogue
 from gr_core.stack import Stack, TokenSequence
 from gr_core.tokens import Readout, TokenTables
-from gr_core.types import FloatArray, RecommendRequest, Task
+from gr_core.types import FloatArray, IntArray, RecommendRequest, Task
 from gr_hstu.config import SemanticIdConfig
 from gr_hstu.features import FeatureSchema
 from gr_hstu.jagged import JaggedRetrieval, stack_of
@@ -151,6 +151,9 @@ class SemanticIdModel:
 
     def token_ids(self, sequence: TokenSequence) -> npt.NDArray[np.int32]:
         return self._jagged.ids(sequence)
+
+    def answer_ids(self, request: EncodedRequest) -> IntArray:
+        raise PlanError(f"{self._bundle.name}: it generates items code by code, and ranks none")
 
     def close(self) -> None:
         """Nothing to free but memory."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from gr_core.contracts import CacheStatistics
+from gr_core.contracts import CacheStatistics, Measurement
 from gr_core.errors import ConfigurationError
 from gr_core.observers import BatchEvent, DropEvent, LoadEvent, Observer, RequestEvent
 from gr_serve_grpc.settings import PrometheusSettings, parse_settings
@@ -210,7 +210,7 @@ class PrometheusObserver(Observer):
 
 
 class PipelineCollector(Collector):
-    """Queue depths and cache statistics, asked of the pipeline on its event loop."""
+    """What the pipeline and its engines count, asked of the pipeline on its event loop."""
 
     TIMEOUT_S = 2.0
 
@@ -219,17 +219,22 @@ class PipelineCollector(Collector):
         self._loop = loop
 
     def describe(self) -> Iterable[Metric]:
-        return self._families({}, {})
+        return self._families({}, {}, {})
 
     def collect(self) -> Iterable[Metric]:
         answer: concurrent.futures.Future[
-            tuple[Mapping[str, int], Mapping[str, CacheStatistics]]
+            tuple[
+                Mapping[str, int],
+                Mapping[str, CacheStatistics],
+                Mapping[str, Sequence[Measurement]],
+            ]
         ] = concurrent.futures.Future()
+        pipeline = self._pipeline
 
         def ask() -> None:
             try:
                 answer.set_result(
-                    (self._pipeline.queue_depths(), self._pipeline.cache_statistics())
+                    (pipeline.queue_depths(), pipeline.cache_statistics(), pipeline.measurements())
                 )
             except Exception as error:
                 answer.set_exception(error)
@@ -238,11 +243,14 @@ class PipelineCollector(Collector):
             self._loop.call_soon_threadsafe(ask)
             return self._families(*answer.result(self.TIMEOUT_S))
         except Exception:
-            logger.exception("queues and caches are left out of the metrics")
-            return self._families({}, {})
+            logger.exception("queues, caches and engines are left out of the metrics")
+            return self._families({}, {}, {})
 
     def _families(
-        self, depths: Mapping[str, int], caches: Mapping[str, CacheStatistics]
+        self,
+        depths: Mapping[str, int],
+        caches: Mapping[str, CacheStatistics],
+        engines: Mapping[str, Sequence[Measurement]],
     ) -> Iterator[Metric]:
         queue = GaugeMetricFamily("gr_queue_depth", "Requests waiting.", labels=["queue"])
         for name, depth in depths.items():
@@ -266,6 +274,19 @@ class PipelineCollector(Collector):
             for name, statistics in caches.items():
                 gauge.add_metric([name], getattr(statistics, field))
             yield gauge
+        yield from _measured(engines)
+
+
+def _measured(engines: Mapping[str, Sequence[Measurement]]) -> Iterator[Metric]:
+    """A family for each name, whatever engines have it."""
+    families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
+    for engine, measurements in engines.items():
+        for one in measurements:
+            if one.name not in families:
+                make = CounterMetricFamily if one.kind == "counter" else GaugeMetricFamily
+                families[one.name] = make(one.name, one.description, labels=["engine"])
+            families[one.name].add_metric([engine], one.value)
+    yield from families.values()
 
 
 def prometheus_observer(settings: Mapping[str, Any]) -> PrometheusObserver:
