@@ -47,8 +47,8 @@ class Readout:
 class TokenModel(StackModel, Protocol):
     """A model that opens both ends of its stack. All methods are thread-safe.
 
-    A token sees all tokens before it, and none behind. `token_tables` and `readout` raise `PlanError` where the model's tokens or answers are made in
-    another way.
+    A token sees all tokens before it, and none behind. `token_tables` and `readout` raise
+    `PlanError` where the model's tokens or answers are made in another way.
     """
 
     def token_tables(self) -> TokenTables: ...
