@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +13,6 @@ from gr_vllm.engine.options import Sizes, VllmOptions
 from gr_vllm.engine.process import environment
 from gr_vllm.worker.kernels import PAGE_TOKENS
 
-logger = logging.getLogger(__name__)
-
 _QUIET = {
     # Its messages go where the platform's go, and nothing is reported to anybody.
     "VLLM_CONFIGURE_LOGGING": "0",
@@ -24,6 +21,7 @@ _QUIET = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "VLLM_HOST_IP": "127.0.0.1",
+    "PYTHONWARNINGS": "ignore::FutureWarning",
 }
 
 
@@ -53,7 +51,6 @@ def start(
 ) -> Any:
     """An AsyncLLM. Raises `PlanError` with vLLM's reason where it does not start."""
     with environment(variables(device, threads, options.tensor_parallel_size)):
-        logging.getLogger("vllm").setLevel(logging.WARNING)
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -75,6 +72,7 @@ def start(
             "enable_prompt_embeds": checkpoint.tokens != "ids",
             "tensor_parallel_size": options.tensor_parallel_size,
             "disable_log_stats": True,
+            "use_tqdm_on_load": False,
             "seed": 0,
         }
         if checkpoint.role != "ranking":
