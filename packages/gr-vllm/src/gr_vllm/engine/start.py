@@ -13,9 +13,11 @@ from gr_vllm.engine.options import Sizes, VllmOptions
 from gr_vllm.engine.process import environment
 from gr_vllm.worker.kernels import PAGE_TOKENS
 
+_FRONT = {"VLLM_CONFIGURE_LOGGING": "0"}
+"""In this process its messages go where the platform's go."""
 _QUIET = {
-    # Its messages go where the platform's go, and nothing is reported to anybody.
-    "VLLM_CONFIGURE_LOGGING": "0",
+    # Its processes say what went wrong, and nothing is reported to anybody.
+    "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
@@ -50,13 +52,14 @@ def start(
     loggers: list[Any],
 ) -> Any:
     """An AsyncLLM. Raises `PlanError` with vLLM's reason where it does not start."""
-    with environment(variables(device, threads, options.tensor_parallel_size)):
+    with environment(_FRONT):
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from gr_vllm.worker.registration import register
 
         register()
+    with environment(variables(device, threads, options.tensor_parallel_size)):
         arguments: dict[str, Any] = {
             "model": str(folder),
             "runner": "pooling" if checkpoint.role == "ranking" else "generate",

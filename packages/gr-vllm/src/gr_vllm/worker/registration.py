@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
-
 from gr_vllm.checkpoint import ARCHITECTURES, MODEL_TYPE
 
 
@@ -13,10 +10,6 @@ def register() -> None:
 
     Classes are given by name, so nothing heavy is imported in processes that do not need it.
     """
-    # Where vLLM does not set up logging itself, as under the platform, it says what went wrong
-    # only, unless asked for more.
-    if os.environ.get("VLLM_CONFIGURE_LOGGING") == "0":
-        logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"))
     from transformers import AutoConfig
     from vllm import ModelRegistry
 
