@@ -15,6 +15,25 @@ def probe_torch() -> tuple[bool, str]:
     return True, "torch is installed"
 
 
+def probe_triton() -> tuple[bool, str]:
+    if find_spec("triton") is None:
+        return False, "Triton is not installed; pip install gr-kernels[triton]"
+    ok, reason = probe_torch()
+    if not ok:
+        return ok, reason
+    import torch
+
+    if not torch.cuda.is_available():
+        return False, "torch sees no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return (
+            False,
+            f"the CUDA device has compute capability {major}.{minor}; expected 8.0 or more",
+        )
+    return True, f"Triton is installed; {torch.cuda.get_device_name()}"
+
+
 KERNELS = (
     KernelDescriptor(
         name="hstu_attention-reference",
@@ -66,6 +85,17 @@ KERNELS = (
         priority=20,
         summary="C++ for AVX2, AVX-512 and AMX, in place on pages of K and V in tiles",
         probe=functools.partial(native.probe, "float32"),
+    ),
+    KernelDescriptor(
+        name="hstu_paged_attention-triton",
+        op="hstu_paged_attention",
+        factory="gr_kernels.ops.hstu_paged_attention.triton:TritonPagedAttention",
+        device="cuda",
+        dtypes=("float32", "bfloat16", "float16"),
+        supports="heads of up to 256 columns",
+        priority=20,
+        summary="Triton, in place on plain pages; no wait for the device",
+        probe=probe_triton,
     ),
     KernelDescriptor(
         name="hstu_stack-cpu-bfloat16",
