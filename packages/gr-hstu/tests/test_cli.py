@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -16,16 +17,19 @@ pytest.importorskip("sklearn", reason="needs gr-hstu[train]")
 from gr_core.errors import UserError
 from gr_core.json_requests import read_requests
 from gr_core.repository import Bundle
-from gr_core.types import Task
+from gr_core.types import RecommendRequest, Task
 from gr_hstu.cli import hstu
 from gr_hstu.data import load
 from gr_hstu.evaluation import metrics
 from gr_hstu.model import load_hstu, load_mtgr
+from gr_hstu.semantic_ids import load_semantic_ids
+from gr_hstu.testing import engine_of
 from gr_hstu.training.batches import stack
+from gr_hstu.training.generation_task import GenerationTask
 from gr_hstu.training.ranking import predict
 from gr_hstu.training.ranking_task import RankingTask
 from gr_hstu.training.retrieval_task import RetrievalTask
-from gr_hstu.training.settings import ranking_settings, retrieval_settings
+from gr_hstu.training.settings import generation_settings, ranking_settings, retrieval_settings
 
 REFERENCE = Path(__file__).parents[4] / "shared" / "reference" / "research_bias.ckpt"
 SMALL = ["d_model=16", "max_history=16", "max_epochs=2", "dropout=0.1"]
@@ -53,7 +57,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             lines.append(f"u{user},{item},{time},{int(item % 3 == 0)},{user % 2}")
     (root / "interactions.csv").write_text("\n".join(lines) + "\n")
     (root / "items.csv").write_text(
-        "item_id,title,seconds\n" + "".join(f"{i},Item {i},{10 * i}\n" for i in range(25))
+        "item_id,title,seconds,code_1,code_2\n"
+        + "".join(f"{i},Item {i},{10 * i},{i // 5},{i % 5}\n" for i in range(25))
     )
     return root
 
@@ -101,6 +106,41 @@ def test_train_retrieval_and_evaluate_its_bundle(folder: Path, tmp_path: Path) -
     (table,) = json.loads(result.output).values()
     assert set(table) >= {"HSTU", "popularity"}
     assert -1 < table["popularity"]["ours minus it"]["low"] < 1
+
+
+def test_train_generation_and_evaluate_its_bundle(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "walks-sid" / "1"
+    common = ["--data", str(folder), "--task", "generation", "--work", str(tmp_path / "runs")]
+    common += sets(*SMALL, "truncate_step=4", "beam_width=10")
+    result = gr("train", *common, "--out", str(out), "--dtype", "float16", "--samples", "2")
+    assert result.exit_code == 0, result.output
+    bundle = Bundle.open(out)
+    bundle.check_files()
+    assert (bundle.architecture, bundle.tasks) == ("hstu-sid", (Task.GENERATE,))
+    assert bundle.config["code_sizes"] == [5, 5]
+    assert "--task generation --set d_model=16" in (out / "MODEL_CARD.md").read_text()
+
+    # The bundle answers as the trained model did, through the engine that serves.
+    model = load_semantic_ids(bundle)
+    assert model.item_tokens()[8].tolist() == [2, 8]
+    data = load(str(folder))
+    changes = {"d_model": 16, "max_history": 16, "truncate_step": 4, "dropout": 0.1}
+    task = GenerationTask(data, _replaced(generation_settings(data), **changes))
+    cases = task.split.test.take(np.arange(3))
+    expected = task.scorer(model.module(Task.GENERATE)).score(data, cases)
+    engine = engine_of(model)
+    for start, end, right in zip(cases.start_C, cases.end_C, expected, strict=True):
+        request = RecommendRequest(task.encoder.history(int(start), int(end)), request_time_ms=0)
+        encoded = model.encode(request, Task.GENERATE).request
+        (found,) = engine.infer([dataclasses.replace(encoded, k=25)])
+        np.testing.assert_allclose(found.scores, right[found.indices], atol=1e-4)
+
+    result = gr("evaluate", *common, "--bundle", str(out), "--json")
+    assert result.exit_code == 0, result.output
+    (table,) = json.loads(result.output).values()
+    assert set(table) >= {"HSTU, semantic ids", "popularity"}
+    again = gr("train", *common, "--out", str(tmp_path / "x" / "1"), "--sasrec")
+    assert "it is for --task retrieval" in str(again.exception)
 
 
 def test_train_ranking_in_half_precision(folder: Path, tmp_path: Path) -> None:

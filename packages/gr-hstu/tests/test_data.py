@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gr_hstu.data import Interactions, load
+from gr_hstu.training.settings import retrieval_settings, retrieval_split
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 
@@ -58,6 +59,71 @@ def test_kuairand() -> None:
     assert data.items.title(1) == "video 0 · 87 s · tag 39"
     assert "CC BY-SA 4.0" in data.licence
     assert "KuaiRand" in data.attribution
+
+
+def test_amazon() -> None:
+    data = dataset("amazon-industrial-sid")
+    check_promises(data)
+    assert (len(data), len(data.users), len(data.items)) == (12_967 + 13_803, 2011 + 1987, 3686)
+    assert int(data.signals["is_target"].sum()) == 4532 + 4533
+    assert data.items.ids[236] == "236"
+    assert [float(data.items.features[f"code_{i}"][0]) for i in (1, 2, 3)] == [236, 231, 226]
+    assert set(data.users.features["part"]) == {"validation", "test"}
+    split = retrieval_split(data, retrieval_settings(data))
+    assert len(split.test) == 4533
+    # Whoever is tested or validated is not trained on, and each case has the history of its line.
+    for cases in (split.test, split.validation):
+        assert not split.train_N[cases.row_C].any()
+        assert (data.user_N[cases.start_C] == data.user_N[cases.row_C]).all()
+        assert ((cases.end_C == cases.row_C) & (cases.end_C - cases.start_C <= 10)).all()
+        assert (cases.end_C > cases.start_C).all()
+    assert not split.refit_N[split.test.row_C].any()
+    row = int(
+        split.test.row_C[data.users.ids.index("test A474") == data.user_N[split.test.row_C] - 1][0]
+    )
+    assert data.items.title(int(data.item_N[row])).startswith("T-Rex 241309")
+
+
+def amazon_folder(
+    folder: Path, valid: str, codes: str = '{"7": ["<a_1>"], "9": ["<a_0>"]}'
+) -> Path:
+    head = "user_id,history_item_title,item_title,history_item_id,item_id\n"
+    for name, text in (
+        ("index.json.gz", codes),
+        ("valid.csv.gz", head + valid),
+        ("test.csv.gz", head + "u,\"['b']\",a,[9],7\n"),
+    ):
+        with gzip.open(folder / name, "wt") as file:
+            file.write(text)
+    return folder
+
+
+def test_cases_of_a_user_are_one_sequence(tmp_path: Path) -> None:
+    rows = "u,\"['a']\",b,[7],9\n" + "u,\"['a', 'b']\",b,\"[7, 9]\",9\n"
+    data = load("amazon-industrial-sid", amazon_folder(tmp_path, rows))
+    check_promises(data)
+    assert data.users.ids == ("test u", "validation u")
+    assert data.item_N.tolist() == [2, 1, 1, 2, 2]
+    assert data.signals["is_target"].tolist() == [0, 1, 0, 1, 1]
+    assert data.items.titles == ("a", "b")
+    assert data.items.features["code_1"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "codes", "message"),
+    [
+        ('u,[],b,[7],9\nu,[],b,"[9, 9]",9\n', '{"7": ["<a_1>"], "9": ["<a_0>"]}', "follow one"),
+        ("u,[],b,7,9\n", '{"7": ["<a_1>"], "9": ["<a_0>"]}', "line 2: '7', expected a list"),
+        ("u,[],b,[7],9\n", '{"7": ["<a_1>"], "9": ["x"]}', "item '9' has .* expected codes"),
+        ("u,[],b,[7],9\n", '{"7": ["<a_1>"], "9": ["<a_1>", "<b_1>"]}', r"items of \[1, 2\]"),
+        ("u,[],b,[7],8\n", '{"7": ["<a_1>"], "9": ["<a_0>"]}', "no codes of item '8'"),
+    ],
+)
+def test_a_wrong_amazon_folder_is_explained(
+    tmp_path: Path, rows: str, codes: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load("amazon-industrial-sid", amazon_folder(tmp_path, rows, codes))
 
 
 def write_folder(folder: Path, interactions: str, **tables: str) -> Path:

@@ -21,6 +21,7 @@ from gr_hstu.evaluation.protocols import Cases
 from gr_hstu.features import Feature, FeatureSchema
 from gr_hstu.training import losses, settings
 from gr_hstu.training.batches import HistoryEncoder, catalogue_of, stack
+from gr_hstu.training.generation_task import GenerationTask
 from gr_hstu.training.loop import Interrupted, Options, fit
 from gr_hstu.training.ranking import predict
 from gr_hstu.training.ranking_task import RankingTask
@@ -107,6 +108,89 @@ def test_retrieval_learns_what_comes_next(kind: str, loss: str) -> None:
     assert result.mean("hr@1") > 0.9
     popularity = task.test(task.baselines()["popularity"]())
     assert result.mean("ndcg@10") > popularity.mean("ndcg@10")
+
+
+def generation_task(**changes: Any) -> GenerationTask:
+    data = cyclic()
+    index = np.arange(len(data.items))
+    features = {"code_1": (index // 4).astype(np.float32), "code_2": (index % 4).astype(np.float32)}
+    data = replace(data, items=replace(data.items, features=features))
+    values = {"d_model": 16, "max_history": 8, "truncate_step": 2, "dropout": 0.1, "batch_size": 16}
+    return GenerationTask(data, settings.GenerationSettings(**(values | changes)))
+
+
+@pytest.mark.parametrize(("normalised", "rate"), [(True, 1e-2), (False, 3e-2)])
+def test_generation_learns_what_comes_next(normalised: bool, rate: float) -> None:
+    task = generation_task(normalised=normalised)
+    model = task.new_model(seed=0)
+    progress = task.train(model, Options(max_epochs=40, patience=40, learning_rate=rate))
+    assert progress.history[-1]["loss"] < 0.5 * progress.history[0]["loss"]
+    result = task.test(task.scorer(model))
+    assert result.mean("hr@1") > 0.8
+    popularity = task.test(task.baselines()["popularity"]())
+    assert result.mean("ndcg@10") > popularity.mean("ndcg@10")
+
+
+def test_generation_goes_on_from_where_it_stopped(tmp_path: Path) -> None:
+    options = Options(max_epochs=2, patience=2)
+
+    def run(folder: Path | None, stop: int | None = None) -> dict[str, Tensor]:
+        task = generation_task()
+        model = task.new_model(seed=0)
+        objective = task.objective()
+        fit(model, objective, options, folder, stop_after_steps=stop)
+        return weights(model)
+
+    undisturbed = run(None)
+    with pytest.raises(Interrupted):
+        run(tmp_path, stop=3)
+    resumed = run(tmp_path)
+    assert same(undisturbed, resumed)
+    assert resumed["item_codes"].dtype == torch.int32
+    assert (resumed["item_codes"][1:] == torch.from_numpy(generation_task().codes_IL[1:])).all()
+
+
+def test_generation_windows_cover_every_training_row_once() -> None:
+    task = generation_task(max_history=4)
+    objective = task.objective()
+    for epoch in range(3):
+        plans = objective.epoch(np.random.default_rng(epoch))
+        windows = np.concatenate(list(plans))
+        assert (windows[:, 1] - windows[:, 0] <= 5).all()
+        rows = np.concatenate([np.arange(start, end) for start, end in windows])
+        assert sorted(rows.tolist()) == np.flatnonzero(task.split.train_N).tolist()
+        assert (task.data.user_N[windows[:, 0]] == task.data.user_N[windows[:, 1] - 1]).all()
+
+
+def test_the_loss_of_generation_is_the_score_of_what_came_next() -> None:
+    """Teacher forcing in one pass gives each item's log-probability as the search has it."""
+    task = generation_task()
+    model = task.new_model(seed=0).eval()
+    start, end = 0, 6
+    loss = task.objective().loss(model, np.array([[start, end]]))
+    total = 0.0
+    for row in range(start, end):
+        cases = Cases(*(np.array([i]) for i in (row, start, row)))
+        scores = task.scorer(model).score(task.data, cases)
+        total -= scores[0, task.data.item_N[row]]
+    assert float(loss.detach()) == pytest.approx(total / (end - start), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ({}, "the items have no codes"),
+        ({"code_1": np.array(["a"] * 20)}, "code_1 of the items must be a count"),
+        ({"code_1": np.full(20, 0.5, np.float32)}, "code_1 of the items must be a count"),
+        ({"code_1": np.full(20, np.nan, np.float32)}, "code_1 of the items must be a count"),
+        ({"code_1": np.full(20, -1, np.float32)}, "code_1 of the items must be a count"),
+    ],
+)
+def test_items_without_codes_are_a_users_mistake(features: dict[str, Any], message: str) -> None:
+    data = cyclic()
+    data = replace(data, items=replace(data.items, features=features))
+    with pytest.raises(ValueError, match=message):
+        GenerationTask(data, settings.GenerationSettings())
 
 
 @pytest.mark.parametrize("kind", ["mtgr", "hstu"])

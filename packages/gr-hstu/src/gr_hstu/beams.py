@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gr_core.contracts import InferenceResult
-from gr_core.generation import BeamSearch, CodeTrie, GenerativeModel, search_width
+from gr_core.generation import BeamSearch, CodeTrie, search_width
 from gr_core.types import FloatArray, IntArray
 
 _PAIRS_IN_FLIGHT = 2**22
@@ -24,11 +24,17 @@ _PAIRS_IN_FLIGHT = 2**22
 class BeamLoop:
     """Beam search of several requests, a level of all of them at a time."""
 
-    def __init__(self, model: GenerativeModel, module: nn.Module, device: torch.device) -> None:
-        """``module`` is the model's own of `Task.GENERATE`, or a copy, on the device."""
+    def __init__(
+        self,
+        module: nn.Module,
+        trie: CodeTrie,
+        levels: Sequence[range],
+        beam_width: int,
+        device: torch.device,
+    ) -> None:
+        """``module`` is that of `Task.GENERATE`, on the device; the rest is the model's."""
         self._module, self._device = module, device
-        self._levels, self._beam_width = model.levels, model.beam_width
-        self._trie = CodeTrie(model.item_tokens(), model.levels)
+        self._trie, self._levels, self._beam_width = trie, levels, beam_width
 
     def __call__(self, inputs: Mapping[str, Tensor], ks: Sequence[int]) -> list[InferenceResult]:
         """The best ``ks[i]`` items of request i; inputs are the model's, batched."""

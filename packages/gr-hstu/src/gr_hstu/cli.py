@@ -69,7 +69,8 @@ def _experiment(command: Callable[P, R]) -> Callable[P, R]:
             "--data",
             required=True,
             metavar="NAME|PATH",
-            help="ml-100k, kuairand-pure, or a folder with interactions.csv.",
+            help="ml-100k, kuairand-pure, amazon-industrial-sid, or a folder with "
+            "interactions.csv.",
         ),
         click.option(
             "--data-dir",
@@ -78,7 +79,7 @@ def _experiment(command: Callable[P, R]) -> Callable[P, R]:
         ),
         click.option(
             "--task",
-            type=click.Choice(["retrieval", "ranking"]),
+            type=click.Choice(["retrieval", "generation", "ranking"]),
             default="retrieval",
             show_default=True,
         ),
@@ -154,9 +155,13 @@ def train(data: str, data_dir: Path | None, task: str, out: Path, **options: Any
         raise UserError(f"{out}: exists; choose another folder, or say --overwrite")
     command = _reproduction(data, task, out, options)
     interactions = _load(data, data_dir, options.pop("threads"))
-    run = experiments.train_retrieval if task == "retrieval" else experiments.train_ranking
+    runs: dict[str, Callable[..., Any]] = {
+        "retrieval": experiments.train_retrieval,
+        "generation": experiments.train_generation,
+        "ranking": experiments.train_ranking,
+    }
     try:
-        bundle, tables = run(interactions, out=out, command=command, **options)
+        bundle, tables = runs[task](interactions, out=out, command=command, **options)
     except KeyboardInterrupt as stopped:
         raise UserError(f"{stopped or 'stopped'}; the same command goes on from there") from None
     for table in tables:
@@ -203,9 +208,13 @@ def evaluate(
     interactions = _load(data, data_dir, options.pop("threads"))
     if task == "ranking":
         options.pop("sasrec")
-    run = experiments.evaluate_retrieval if task == "retrieval" else experiments.evaluate_ranking
+    runs: dict[str, Callable[..., Any]] = {
+        "retrieval": experiments.evaluate_retrieval,
+        "generation": experiments.evaluate_generation,
+        "ranking": experiments.evaluate_ranking,
+    }
     try:
-        tables = run(interactions, **options)
+        tables = runs[task](interactions, **options)
     except KeyboardInterrupt as stopped:
         raise UserError(f"{stopped or 'stopped'}; the same command goes on from there") from None
     if out is not None:

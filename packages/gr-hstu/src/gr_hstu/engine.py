@@ -20,7 +20,7 @@ from gr_core.contracts import (
     TorchModel,
 )
 from gr_core.errors import PlanError, Unavailable
-from gr_core.generation import GenerativeModel
+from gr_core.generation import CodeTrie, GenerativeModel
 from gr_core.samples import for_task, sample_requests
 from gr_core.types import Task
 from gr_hstu.beams import BeamLoop
@@ -65,7 +65,13 @@ class TorchEngine:
         if Task.GENERATE in tasks:
             if not isinstance(model, GenerativeModel):
                 raise PlanError(f"engine torch: {type(model).__name__} generates no semantic ids")
-            self._beams = BeamLoop(model, self._modules[Task.GENERATE], self._device)
+            self._beams = BeamLoop(
+                self._modules[Task.GENERATE],
+                CodeTrie(model.item_tokens(), model.levels),
+                model.levels,
+                model.beam_width,
+                self._device,
+            )
         self._model = model
 
     def warm_up(self) -> None:

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gr_hstu.data import folder, kuairand, ml100k
+from gr_hstu.data import amazon, folder, kuairand, ml100k
 from gr_hstu.data.interactions import Interactions, Table
 
 __all__ = ["DATASETS", "Interactions", "Table", "load"]
 
-DATASETS = {"ml-100k": ml100k.read, "kuairand-pure": kuairand.read}
+DATASETS = {
+    "ml-100k": ml100k.read,
+    "kuairand-pure": kuairand.read,
+    "amazon-industrial-sid": amazon.read,
+}
+_MARKERS = {
+    "ml-100k": "*.inter",
+    "kuairand-pure": "events_*.csv.gz",
+    "amazon-industrial-sid": amazon.MARKER,
+}
+"""A file that a dataset's folder has."""
 SEARCHED = (Path("data"), Path("../shared/data"))
 
 
@@ -35,7 +45,7 @@ def load(data: str, data_dir: Path | None = None) -> Interactions:
         p for root in roots for p in ((root, root / data) if data_dir else (root / data,))
     ]
     for path in candidates:
-        if any(path.glob("*.inter" if data == "ml-100k" else "events_*.csv.gz")):
+        if any(path.glob(_MARKERS[data])):
             return DATASETS[data](path)
     raise FileNotFoundError(
         f"{data}: not found in {', '.join(map(str, candidates))}; give its folder as --data-dir"

@@ -96,6 +96,30 @@ def retrieval_by_time(
     )
 
 
+def held_out_users(data: Interactions, part: str, target: str, history: int) -> Split:
+    """Every row with the signal ``target`` is found from the ``history`` rows of its user before.
+
+    Users whose feature ``part`` is ``test`` are the test; of the others, every tenth validates and
+    the rest is trained on. So a user's history is never trained on and tested.
+    """
+    test_U = np.concatenate([[False], data.users.features[part] == "test"])
+    others = np.flatnonzero(~test_U[1:]) + 1
+    held_out_U = np.zeros(len(test_U), np.bool_)
+    held_out_U[others[::10]] = True
+    row_C = np.flatnonzero(data.signals[target] == 1)
+    cases = Cases(row_C, np.maximum(data.start_N[row_C], row_C - history), row_C)
+    user_C = data.user_N[row_C]
+    return Split(
+        "held-out-users",
+        f"every case of the test users is found from the last {history} items before it; models "
+        "are fitted on other users, of whom every tenth is held out to choose by",
+        ~(test_U | held_out_U)[data.user_N],
+        ~test_U[data.user_N],
+        cases.take(held_out_U[user_C]),
+        cases.take(test_U[user_C]),
+    )
+
+
 def ranking_by_time(data: Interactions, validation_ms: int, test_ms: int) -> Split:
     """Every timed event from ``validation_ms`` (``test_ms``) on is an impression to score.
 

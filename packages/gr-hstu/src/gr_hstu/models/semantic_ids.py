@@ -1,7 +1,7 @@
 """HSTU that generates semantic ids: the retrieval model over tokens instead of items.
 
-Shapes: R rows, N tokens of a history (right-padded), P tokens of a prefix, L levels, S codes of a
-level, D model width, I items.
+Shapes: R rows, H items and N tokens of a history (right-padded), P tokens of a prefix, L levels,
+S codes of a level, D model width, I items.
 """
 
 from __future__ import annotations
@@ -56,6 +56,11 @@ class HSTUSemanticIds(nn.Module):
         table_SD = self.decoder.item_embeddings()[tokens.start : tokens.stop]
         logits = (states @ table_SD.T).float() / self.config.temperature
         return logits.log_softmax(dim=-1)
+
+    def history_tokens(self, items_RH: Tensor) -> Tensor:
+        """Tokens (R, 1 + H·L) int64 of histories of item indices, right-padded with 0: (R, H)."""
+        table = torch.from_numpy(self.item_tokens()).long().to(items_RH.device)
+        return F.pad(table[items_RH].flatten(1), (1, 0), value=self.config.first_token)
 
     def item_tokens(self) -> Tokens:
         """Tokens of the items, (I + 1, L) int32; row 0 is padding."""

@@ -12,21 +12,29 @@ from torch import nn
 
 from gr_core.repository import Bundle
 from gr_core.types import Task
-from gr_hstu.config import HSTUConfig, MTGRConfig
+from gr_hstu.config import HSTUConfig, MTGRConfig, SemanticIdConfig
 from gr_hstu.data.interactions import Interactions
 from gr_hstu.evaluation.report import Table, ranking_table, retrieval_table
 from gr_hstu.evaluation.retrieval import RetrievalResult
 from gr_hstu.models import build_model
+from gr_hstu.models.semantic_ids import HSTUSemanticIds
 from gr_hstu.training import bundles, settings
+from gr_hstu.training.generation_task import GenerationTask
 from gr_hstu.training.loop import Options, Progress
 from gr_hstu.training.progress import ConsoleReporter
 from gr_hstu.training.ranking_task import RankingTask
 from gr_hstu.training.retrieval_task import RetrievalTask
 from gr_hstu.training.samples import sample_requests
 
-Settings = TypeVar("Settings", settings.RetrievalSettings, settings.RankingSettings)
+Settings = TypeVar(
+    "Settings",
+    settings.RetrievalSettings,
+    settings.GenerationSettings,
+    settings.RankingSettings,
+)
 
 OURS = {"hstu": "HSTU", "mtgr": "MTGR"}
+GENERATED = "HSTU, semantic ids"
 
 
 def train_retrieval(
@@ -117,6 +125,96 @@ def evaluate_retrieval(
     return [retrieval_table(_title(data, "retrieval", len(task.split.test)), results, "HSTU")]
 
 
+def train_generation(
+    data: Interactions,
+    *,
+    out: Path,
+    command: str,
+    work: Path,
+    seed: int,
+    device: str,
+    dtype: str,
+    sasrec: bool,
+    samples: int,
+    overwrite: bool,
+    changes: Mapping[str, str],
+    heads: Mapping[str, str],
+) -> tuple[Bundle, list[Table]]:
+    """Trains HSTU over semantic ids, measures it once on the test data, writes the bundle."""
+    _no_heads(heads)
+    _no_sasrec(sasrec)
+    task = GenerationTask(data, _changed(settings.generation_settings(data), changes))
+    model, progress = _trained_generation(task, seed, work, device)
+    model.cpu()
+    bundles.round_weights(model, bundles.DTYPES[dtype])
+    table = _generation_table(task, [task.test(task.scorer(model))])
+    config = task.config()
+    card = bundles.card(
+        f"HSTU over semantic ids, {data.name}",
+        data=data,
+        facts={
+            "architecture": "HSTU, research variant, over codes of items (TIGER, arXiv 2305.05065)",
+            "catalogue": f"{len(task.catalogue)} items",
+            "codes": ", ".join(map(str, config.code_sizes)) + " by level",
+            "parameters": f"{_count(model):,}",
+            "trained": _trained(progress, task.settings.options, seed),
+            "protocol": task.split.description,
+            "search": f"beam width {config.beam_width}, more where more items are asked for",
+        },
+        tables=[table],
+        notes=[
+            "The model is trained on the training part alone; baselines with validation rows have "
+            "seen more.",
+            "Intervals: bootstrap over users, 1,000 resamples.",
+        ],
+        command=command,
+    )
+    bundle = bundles.write(
+        out,
+        model,
+        architecture="hstu-sid",
+        tasks=(Task.GENERATE,),
+        catalogue=task.catalogue,
+        schema=task.schema,
+        data=data,
+        description=f"HSTU over semantic ids trained on {data.name}",
+        card=card,
+        dtype=bundles.DTYPES[dtype],
+        samples=sample_requests(data, task.split.test, samples) if samples else "",
+        overwrite=overwrite,
+    )
+    return bundle, [table]
+
+
+def evaluate_generation(
+    data: Interactions,
+    *,
+    work: Path,
+    seeds: int,
+    device: str,
+    bundle: Path | None,
+    sasrec: bool,
+    changes: Mapping[str, str],
+    heads: Mapping[str, str],
+) -> list[Table]:
+    """Measures HSTU over semantic ids (or a bundle) and the counting baselines on the test data."""
+    _no_heads(heads)
+    task = GenerationTask(data, _changed(settings.generation_settings(data), changes))
+    models: list[Any] = []
+    if bundle is not None:
+        models.append(_opened(bundle, task.catalogue.ids))
+    else:
+        models += [_trained_generation(task, seed, work, device)[0] for seed in range(seeds)]
+    return [_generation_table(task, [task.test(task.scorer(model)) for model in models])]
+
+
+def _generation_table(task: GenerationTask, ours: Sequence[RetrievalResult]) -> Table:
+    results = {GENERATED: ours}
+    results |= {name: [task.test(make())] for name, make in task.baselines().items()}
+    title = _title(task.data, "generation", len(task.split.test))
+    return retrieval_table(title, results, GENERATED)
+
+
 def train_ranking(
     data: Interactions,
     *,
@@ -133,8 +231,7 @@ def train_ranking(
     heads: Mapping[str, str],
 ) -> tuple[Bundle, list[Table]]:
     """Trains a ranker, measures it once on the test data, writes the bundle."""
-    if sasrec:
-        raise ValueError("--sasrec compares retrieval models; leave it out with --task ranking")
+    _no_sasrec(sasrec)
     task = RankingTask(data, _changed(settings.ranking_settings(data, heads), changes))
     model, progress = _trained_ranking(task, seed, work, device)
     model.cpu()
@@ -244,6 +341,17 @@ def _tested(
     return out
 
 
+def _trained_generation(
+    task: GenerationTask, seed: int, work: Path, device: str
+) -> tuple[HSTUSemanticIds, Progress]:
+    model = task.new_model(seed).to(device)
+    options = replace(task.settings.options, seed=seed)
+    folder = work / f"{task.data.name}-generation-{seed}"
+    with ConsoleReporter() as reporter:
+        reporter.console.print(f"{folder}: {_count(model):,} parameters", highlight=False)
+        return model, task.train(model, options, folder, reporter)
+
+
 def _trained_ranking(task: RankingTask, seed: int, work: Path, device: str) -> tuple[Any, Progress]:
     model = task.new_model(seed).to(device)
     options = replace(task.settings.options, seed=seed)
@@ -258,8 +366,12 @@ def _opened(path: Path, ids: Any) -> nn.Module:
     bundle = Bundle.open(path)
     if list(bundle.catalogue().ids) != list(ids):
         raise ValueError(f"{path}: its catalogue is not the dataset's")
-    kind = MTGRConfig if bundle.architecture == "mtgr" else HSTUConfig
-    model: nn.Module = build_model(kind.from_dict(bundle.config))
+    model: nn.Module
+    if bundle.architecture == "hstu-sid":
+        model = HSTUSemanticIds(SemanticIdConfig.from_dict(bundle.config))
+    else:
+        kind = MTGRConfig if bundle.architecture == "mtgr" else HSTUConfig
+        model = build_model(kind.from_dict(bundle.config))
     own = model.state_dict()
     state = load_file(bundle.weights_path)
     model.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in state.items()})
@@ -331,6 +443,11 @@ def _ranking_notes(task: RankingTask) -> list[str]:
 def _no_heads(heads: Mapping[str, str]) -> None:
     if heads:
         raise ValueError("--head is for --task ranking")
+
+
+def _no_sasrec(sasrec: bool) -> None:
+    if sasrec:
+        raise ValueError("--sasrec compares retrieval models; it is for --task retrieval")
 
 
 def _count(model: nn.Module) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import nn
 from gr_hstu.config import HSTUConfig
 from gr_hstu.data.interactions import Interactions
 from gr_hstu.evaluation.baselines import CoOccurrence, Popularity
+from gr_hstu.evaluation.protocols import Split
 from gr_hstu.evaluation.retrieval import RetrievalResult, evaluate_retrieval
 from gr_hstu.evaluation.retrieval import RetrievalScorer as Scorer
 from gr_hstu.features import FeatureSchema
@@ -125,18 +126,24 @@ class RetrievalTask:
         return evaluate_retrieval(scorer, self.data, self.split.test)
 
     def baselines(self) -> dict[str, Callable[[], Scorer]]:
-        """Counting baselines: fitted on the rows that models are trained on, and once more on all
-        that precedes the test, the validation period included."""
-        data, positive = self.data, self.settings.positive
-        out: dict[str, Callable[[], Scorer]] = {}
-        for suffix, rows_N in (
-            ("", self.split.train_N),
-            (", validation rows too", self.split.refit_N),
-        ):
-            out[f"popularity{suffix}"] = partial(Popularity, data, rows_N)
-            if positive is not None:
-                positive_N = rows_N & defaults.positives(data, positive)
-                out[f"popularity of {positive}{suffix}"] = partial(Popularity, data, positive_N)
-            for name, parameters in self.settings.co_occurrence.items():
-                out[name + suffix] = partial(CoOccurrence, data, rows_N, **asdict(parameters))
-        return out
+        s = self.settings
+        return counting_baselines(self.data, self.split, s.co_occurrence, s.positive)
+
+
+def counting_baselines(
+    data: Interactions,
+    split: Split,
+    co_occurrence: Mapping[str, defaults.CoOccurrenceSettings],
+    positive: str | None = None,
+) -> dict[str, Callable[[], Scorer]]:
+    """Counting baselines: fitted on the rows that models are trained on, and once more on all
+    that precedes the test, the validation rows included."""
+    out: dict[str, Callable[[], Scorer]] = {}
+    for suffix, rows_N in (("", split.train_N), (", validation rows too", split.refit_N)):
+        out[f"popularity{suffix}"] = partial(Popularity, data, rows_N)
+        if positive is not None:
+            positive_N = rows_N & defaults.positives(data, positive)
+            out[f"popularity of {positive}{suffix}"] = partial(Popularity, data, positive_N)
+        for name, parameters in co_occurrence.items():
+            out[name + suffix] = partial(CoOccurrence, data, rows_N, **asdict(parameters))
+    return out

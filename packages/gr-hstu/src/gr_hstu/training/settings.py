@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from gr_hstu.data import amazon
 from gr_hstu.data.interactions import BoolArray, Interactions, Table
 from gr_hstu.data.kuairand import UTC_OFFSET_MS
 from gr_hstu.evaluation import protocols
@@ -67,6 +68,27 @@ class RetrievalSettings:
             "item co-occurrence, cosine, whole history": CoOccurrenceSettings(),
             "item co-occurrence, directed, window 10, last 5": CoOccurrenceSettings(10, 5),
         }
+    )
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """Training of semantic-id generation."""
+
+    d_model: int = 64
+    num_layers: int = 2
+    num_heads: int = 2
+    max_history: int = 32
+    truncate_step: int = 8
+    beam_width: int = 20
+    dropout: float = 0.3
+    batch_size: int = 64
+    normalised: bool = True
+    """Cosines over ``temperature`` as logits; else dot products with embeddings of free length."""
+    temperature: float = 0.05
+    options: Options = field(default_factory=Options)
+    co_occurrence: Mapping[str, CoOccurrenceSettings] = field(
+        default_factory=lambda: dict(RetrievalSettings().co_occurrence)
     )
 
 
@@ -181,12 +203,23 @@ RANKING: Mapping[str, RankingSettings] = {
 }
 
 
+GENERATION: Mapping[str, GenerationSettings] = {
+    "amazon-industrial-sid": GenerationSettings(max_history=amazon.HISTORY, truncate_step=1),
+}
+
+
+def generation_settings(data: Interactions) -> GenerationSettings:
+    return GENERATION.get(data.name, GenerationSettings())
+
+
 def retrieval_settings(data: Interactions) -> RetrievalSettings:
     return RETRIEVAL.get(data.name, RetrievalSettings())
 
 
 def retrieval_split(data: Interactions, settings: RetrievalSettings) -> Split:
-    """By time where the dataset is known to allow it, else the last event of each user."""
+    """As the dataset is known to allow, else the last event of each user."""
+    if data.name == "amazon-industrial-sid":
+        return protocols.held_out_users(data, "part", amazon.TARGET, amazon.HISTORY)
     if data.name != "kuairand-pure":
         return protocols.leave_last_out(data)
     return protocols.retrieval_by_time(
