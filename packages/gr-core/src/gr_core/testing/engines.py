@@ -22,7 +22,7 @@ from gr_core.contracts import (
 )
 from gr_core.engines import Only, RunningEngine, running
 from gr_core.errors import DeadlineExceeded, GrError, Unavailable
-from gr_core.generation import GenerativeModel
+from gr_core.generation import MAX_BEAM_WIDTH, GenerativeModel
 from gr_core.parity import TOLERANCE, Parity, compare
 from gr_core.planner import Plan, plan
 from gr_core.plugins.registry import Registry
@@ -124,6 +124,24 @@ class EngineSuite(Suite):
             assert [len(r.scores) for r in results] == [r.k for r in batch]
             for one, three in zip(results[2].scores, results[1].scores, strict=False):
                 assert one == pytest.approx(three, rel=self._tolerance(chosen), abs=1e-6)
+
+    def test_every_item_can_be_generated(self, plans: Sequence[Plan], model: Model) -> None:
+        """A search as wide as the catalogue finds all of it; the same codes have one score."""
+        for chosen in plans:
+            if chosen.task is not Task.GENERATE:
+                continue
+            assert isinstance(model, GenerativeModel)
+            count = min(len(model.catalogue), MAX_BEAM_WIDTH)
+            batch = [replace(r, k=count) for r in _batch(model, chosen.task, 3)]
+            with running(chosen, model, extra=self.options) as engine:
+                results = engine.infer(batch)
+            for request, result in zip(batch, results, strict=True):
+                _check_shape(model, chosen.task, request, result)
+                assert result.indices is not None
+                tokens = model.item_tokens()[result.indices]
+                _, which = np.unique(tokens, axis=0, return_inverse=True)
+                for group in range(int(which.max()) + 1):
+                    assert len(np.unique(result.scores[which.reshape(-1) == group])) == 1
 
     def test_batch_mates_and_padding_never_change_scores(
         self, plans: Sequence[Plan], model: Model

@@ -14,6 +14,7 @@ import pytest
 
 from gr_core.contracts import Encoding, InferenceResult, Model
 from gr_core.errors import BundleError, InvalidRequest
+from gr_core.generation import MAX_BEAM_WIDTH, CodeTrie, GenerativeModel
 from gr_core.plugins.registry import Registry
 from gr_core.repository import Bundle
 from gr_core.repository.bundle import WEIGHTS
@@ -184,6 +185,27 @@ class ModelSuite(Suite):
                 assert scores.dtype == heads.dtype == np.float32
                 order = np.argsort(-heads[:, place], kind="stable")
                 assert np.all(np.diff(scores[order]) <= 0), f"a weight on {head} alone"
+
+    def test_semantic_ids_are_tokens_of_levels(self, model: Model) -> None:
+        if Task.GENERATE not in model.tasks:
+            pytest.skip("the model does not generate")
+        assert isinstance(model, GenerativeModel)
+        tokens = model.item_tokens()
+        assert tokens.dtype == np.int32
+        assert tokens.shape == (len(model.catalogue) + 1, len(model.levels))
+        assert not tokens[0].any(), "row 0 is padding"
+        assert len(CodeTrie(tokens, model.levels)) == len(model.catalogue)
+        every = [token for level in model.levels for token in level]
+        assert len(set(every)) == len(every), "levels must not overlap"
+        assert 1 <= model.beam_width <= MAX_BEAM_WIDTH
+        vocabulary = len(model.readout().table)
+        assert 1 <= min(every) <= max(every) < vocabulary, "row 0 stands for nothing that follows"
+        for length in (0, 3):
+            encoded = _encode(model, _request(model, [1] * length), Task.GENERATE).request
+            ids = model.token_ids(model.sequence(encoded))
+            assert ids.shape == (1 + length * len(model.levels), 1), "never none: a first token"
+            assert ids.min() >= 0
+            assert ids.max() < len(model.token_tables().tables[0])
 
     @pytest.mark.parametrize("keep", [0, 1, 100])
     def test_damaged_weights_are_refused(
