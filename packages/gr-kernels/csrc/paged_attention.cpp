@@ -113,6 +113,7 @@ std::string PagedAttention::check(const gr_paged_call& call) const {
 }
 
 void PagedAttention::run(const gr_paged_call& call) {
+  if (!call.tokens) return;
   const int64_t heads = config_.heads, qk = heads * config_.d_qk, width = heads * config_.d_v;
   const int64_t bytes = kernels_.element_bytes;
   const auto rows_of = [&](const void* data, const int64_t* strides, int32_t columns) {
