@@ -32,8 +32,8 @@ _MINUTE_MS = 60_000
 _CODE = re.compile(r"<[a-z]_(\d+)>")
 
 ATTRIBUTION = (
-    "Amazon Review Data (2018), Industrial and Scientific. J. Ni, J. Li and J. McAuley: Justifying "
-    "Recommendations using Distantly-Labeled Reviews and Fine-Grained Aspects. EMNLP 2019."
+    "Amazon product reviews, Industrial and Scientific, with semantic ids of three codes: items, "
+    "and the order in which users met them."
 )
 LICENCE = "the folder's; not redistributed here"
 
