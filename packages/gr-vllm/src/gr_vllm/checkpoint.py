@@ -11,11 +11,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from gr_core.errors import BundleError
 from gr_core.stack import Gate
 from gr_core.tokens import Norm
+from gr_vllm import weights
+from gr_vllm.quantization import Quantization, quantization_config
 
 MODEL_TYPE = "gr_hstu"
 CONFIG = "config.json"
@@ -33,13 +35,14 @@ ARCHITECTURES: Mapping[Role, str] = {
 Tokens = Literal["ids", "columns", "rows"]
 """What stands in a prompt, see `gr_vllm.prompts`."""
 
-PARTS: Mapping[Gate, int] = {
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+_PARTS: Mapping[Gate, int] = {
     "u*norm(a)": 1,
     "u,norm(a),u*norm(a)": 3,
     "u,a,u*norm(a)": 3,
     "norm(a*u)": 1,
 }
-"""m, by gate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,11 @@ class Layers:
     time_buckets: int
     """Rows of the time bias; 0 for none."""
 
+    @property
+    def parts(self) -> int:
+        """m."""
+        return _PARTS[self.gate]
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -79,8 +87,10 @@ class Checkpoint:
     version: str
     identity: str
     """Of the bundle, hexadecimal."""
-    dtype: str
+    dtype: Dtype
     """What is computed in, and what the columns of a prompt's rows are."""
+    quantization: Quantization
+    """Of the layers' projections."""
     layers: Layers
     tables: tuple[int, ...]
     """Rows of the tables whose rows a token is the sum of; none where prompts have ``rows``."""
@@ -99,6 +109,9 @@ class Checkpoint:
 
     def write(self, folder: Path) -> None:
         """config.json, in the terms of Hugging Face, so that vLLM can size its memory."""
+        (folder / CONFIG).write_text(json.dumps(self._config(), indent=2) + "\n", "utf-8")
+
+    def _config(self) -> dict[str, Any]:
         layers = self.layers
         config: dict[str, Any] = {
             "architectures": [ARCHITECTURES[self.role]],
@@ -112,7 +125,9 @@ class Checkpoint:
             "head_dim": layers.d_qk,
             MODEL_TYPE: asdict(self),
         }
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        if self.quantization != "none":
+            config["quantization_config"] = quantization_config(self.quantization)
+        return config
 
     @property
     def vocabulary(self) -> int:
@@ -122,7 +137,8 @@ class Checkpoint:
 
     @staticmethod
     def read(folder: Path) -> Checkpoint:
-        """Raises `BundleError` for what is not such a folder, or is of another format version."""
+        """Raises `BundleError` for what is not such a folder, is of another format version, or is
+        damaged: not what `write` wrote, or without the very tensors that it calls for."""
         file = folder / CONFIG
         try:
             config = json.loads(file.read_text("utf-8"))
@@ -135,13 +151,17 @@ class Checkpoint:
                 f"{file}: format_version is {found!r}, this gr-vllm reads {FORMAT_VERSION}; "
                 "export the bundle again"
             )
-        return Checkpoint.of(values, str(file))
+        checkpoint = Checkpoint.of(values, str(file))
+        if config != json.loads(json.dumps(checkpoint._config())):
+            raise BundleError(f"{file}: it is not as it was written; export the bundle again")
+        weights.check(folder / WEIGHTS, checkpoint)
+        return checkpoint
 
     @staticmethod
     def of(values: Mapping[str, Any], where: str) -> Checkpoint:
         """From plain JSON values. Raises `BundleError` for fields that are missing or unknown."""
         try:
-            return Checkpoint(
+            checkpoint = Checkpoint(
                 **{
                     **values,
                     "layers": Layers(**values["layers"]),
@@ -152,3 +172,23 @@ class Checkpoint:
         except (TypeError, KeyError, ValueError) as error:
             known = ", ".join(field.name for field in fields(Checkpoint))
             raise BundleError(f"{where}: {error}; expected the fields {known}") from None
+        for name, choices in _CHOICES.items():
+            if (value := getattr(checkpoint, name)) not in choices:
+                raise BundleError(
+                    f"{where}: {name} is {value!r}; expected one of {', '.join(choices)}"
+                )
+        if checkpoint.layers.gate not in _PARTS:
+            raise BundleError(
+                f"{where}: layers.gate is {checkpoint.layers.gate!r}; expected one of "
+                f"{', '.join(_PARTS)}"
+            )
+        return checkpoint
+
+
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "role": get_args(Role),
+    "tokens": get_args(Tokens),
+    "dtype": get_args(Dtype),
+    "quantization": get_args(Quantization),
+    "readout_norm": get_args(Norm),
+}

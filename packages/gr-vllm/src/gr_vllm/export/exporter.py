@@ -6,6 +6,7 @@ Shapes: D model width, H heads, V columns of U and V per head, m parts of the ga
 from __future__ import annotations
 
 import logging
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -19,51 +20,69 @@ from gr_core.stack import Stack, StackModel
 from gr_core.tokens import Readout, TokenModel, TokenTables
 from gr_core.types import Task
 from gr_vllm.checkpoint import (
+    CONFIG,
     FORMAT_VERSION,
-    PARTS,
     WEIGHTS,
     Checkpoint,
+    Dtype,
     Layers,
     Role,
     Tokens,
 )
+from gr_vllm.engine.options import VllmOptions
 from gr_vllm.export.histories import longest_history
+from gr_vllm.export.options import ExportSettings, check_widths
+from gr_vllm.export.verify import TASKS, verify
+from gr_vllm.quantization import PROJECTIONS, Quantization, quantize
 
 logger = logging.getLogger(__name__)
 
-DTYPES = ("float32", "bfloat16", "float16")
+ENGINE_OPTIONS = frozenset(field.name for field in fields(VllmOptions))
+"""A chain and its engine get the same options; each refuses only what neither knows."""
+_QUANTIZED = tuple(f".{name}.weight" for name in PROJECTIONS)
 
 
 class VllmExporter:
-    """torch → vllm. Weights stay in float32; vLLM casts them as it loads."""
+    """torch → vllm; options are those of `ExportSettings`.
+
+    Weights that are not quantized stay in float32; vLLM casts them as it loads.
+    """
 
     def export(
         self, artifact: Artifact, model: Model, out_dir: Path, options: ExportOptions
     ) -> Artifact:
+        settings = ExportSettings.of(options.extra, foreign=ENGINE_OPTIONS)
+        dtype, quantization = settings.precision(options.dtype)
         if not isinstance(model, StackModel):
             raise PlanError(f"exporter vllm: {type(model).__name__} does not open its stack")
-        if options.dtype not in DTYPES:
-            raise PlanError(
-                f"exporter vllm: dtype is {options.dtype!r}; expected one of {', '.join(DTYPES)}"
-            )
-        checkpoint, tensors = convert(model, options.dtype)
-        save_file(tensors, out_dir / WEIGHTS)
-        checkpoint.write(out_dir)
+        checkpoint, tensors = convert(model, dtype, quantization)
+        try:
+            save_file(tensors, out_dir / WEIGHTS)
+            checkpoint.write(out_dir)
+            difference = verify(out_dir, model)
+        except BaseException:
+            for name in (WEIGHTS, CONFIG):
+                (out_dir / name).unlink(missing_ok=True)
+            raise
         logger.info(
-            "%s/%s: %s with prompts of %s, %d tensors",
+            "%s/%s: %s with prompts of %s, %d tensors, quantization %s; differs by %.2g",
             checkpoint.name,
             checkpoint.version,
             checkpoint.role,
             checkpoint.tokens,
             len(tensors),
+            checkpoint.quantization,
+            difference,
         )
         return Artifact("vllm", out_dir)
 
 
-def convert(model: StackModel, dtype: str) -> tuple[Checkpoint, dict[str, Tensor]]:
+def convert(
+    model: StackModel, dtype: Dtype = "float32", quantization: Quantization = "none"
+) -> tuple[Checkpoint, dict[str, Tensor]]:
     """What a model directory says and holds. Raises `PlanError` where vLLM cannot run a model."""
     role = _role(model)
-    task = {"generation": Task.GENERATE, "retrieval": Task.RETRIEVE, "ranking": Task.RANK}[role]
+    task = TASKS[role]
     stack = model.stack(task)
     tables: TokenTables | None = None
     readout: Readout | None = None
@@ -75,6 +94,11 @@ def convert(model: StackModel, dtype: str) -> tuple[Checkpoint, dict[str, Tensor
             )
         tables, readout = model.token_tables(), model.readout()
     history = longest_history(model, task)
+    if role == "ranking" and not history.candidates:
+        raise PlanError(
+            f"exporter vllm: {model.bundle.name} ranks by the last token of the history; expected "
+            "the task retrieve among its tasks, which vLLM then ranks with"
+        )
     layers = _layers(stack)
     timed = layers.time_buckets > 0
     tokens: Tokens = "rows"
@@ -89,6 +113,7 @@ def convert(model: StackModel, dtype: str) -> tuple[Checkpoint, dict[str, Tensor
         version=bundle.version,
         identity=bundle.identity.hex(),
         dtype=dtype,
+        quantization=quantization,
         layers=layers,
         tables=() if tables is None else tuple(len(table) for table in tables.tables),
         places=0 if tables is None or tables.places is None else len(tables.places),
@@ -103,14 +128,19 @@ def convert(model: StackModel, dtype: str) -> tuple[Checkpoint, dict[str, Tensor
         max_history=history.tokens,
         causal=history.causal,
     )
-    tensors = _stack_tensors(stack)
+    check_widths(checkpoint)
+    tensors = {n: t.detach().float() for n, t in _stack_tensors(stack).items()}
+    for name in [n for n in tensors if n.endswith(_QUANTIZED)]:
+        prefix = name.removesuffix("weight")
+        parts = quantize(quantization, tensors.pop(name))
+        tensors |= {f"{prefix}{part}": t for part, t in parts.items()}
     if tables is not None:
         tensors |= {f"tokens.tables.{i}.weight": t for i, t in enumerate(tables.tables)}
         if tables.places is not None:
             tensors["tokens.places.weight"] = tables.places
     if readout is not None:
         tensors["lm_head.weight"] = readout.table
-    return checkpoint, {name: t.detach().float().contiguous() for name, t in tensors.items()}
+    return checkpoint, {name: t.detach().contiguous() for name, t in tensors.items()}
 
 
 def _role(model: Model) -> Role:
@@ -144,7 +174,7 @@ def _layers(stack: Stack) -> Layers:
 
 
 def _stack_tensors(stack: Stack) -> dict[str, Tensor]:
-    parts = PARTS[stack.gate]
+    parts = _layers(stack).parts
     tensors: dict[str, Tensor] = {}
     for i, layer in enumerate(stack.layers):
         # Head by head instead of part by part, so that ranks take slices.

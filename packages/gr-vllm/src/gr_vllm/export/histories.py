@@ -21,14 +21,17 @@ class Histories:
     """Of the longest."""
     causal: bool
     """Whether no token of a history sees a later one."""
+    candidates: bool
+    """Whether candidates are tokens of their own, which answers are read from."""
 
 
 def longest_history(model: StackModel, task: Task) -> Histories:
     """From the bundle's samples and made-up histories of every length up to very long ones."""
-    tokens, causal = 1, True
+    tokens, causal, candidates = 1, True, False
     for request in sample_requests(model, _SAMPLES, max_history=_LONG, made_up=True):
         sequence = model.sequence(model.encode(for_task(request, task), task).request)
         n = sequence.history
         tokens = max(tokens, n)
+        candidates = candidates or sequence.candidates > 0
         causal = causal and bool((sequence.high[:n] <= np.arange(1, n + 1)).all())
-    return Histories(tokens, causal)
+    return Histories(tokens, causal, candidates)

@@ -5,7 +5,6 @@ Shapes: T tokens, H heads of this rank, K columns of Q and K per head, V columns
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -27,17 +26,10 @@ from gr_vllm.worker.step import Pages, Step
 _TIME_BYTES = 4
 
 
-@dataclass(frozen=True, slots=True)
-class HSTUMetadata:
-    """A pass as vLLM tells it, see `Pages`."""
+class PagesBuilder(AttentionMetadataBuilder[Pages]):
+    """A pass as vLLM tells it. No graph captures it, for each pass reads lengths on the host."""
 
-    pages: Pages
-
-
-class HSTUMetadataBuilder(AttentionMetadataBuilder[HSTUMetadata]):
-    """No graph captures it: each pass reads lengths on the host."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # it is abstract there
         super().__init__(*args, **kwargs)
 
     def build(
@@ -45,15 +37,13 @@ class HSTUMetadataBuilder(AttentionMetadataBuilder[HSTUMetadata]):
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-    ) -> HSTUMetadata:
+    ) -> Pages:
         common = common_attn_metadata
-        return HSTUMetadata(
-            Pages(
-                block_table=common.block_table_tensor,
-                slots_T=common.slot_mapping[: common.num_actual_tokens],
-                query_offsets=common.query_start_loc,
-                key_counts=common.seq_lens[: common.num_reqs],
-            )
+        return Pages(
+            block_table=common.block_table_tensor,
+            slots_T=common.slot_mapping[: common.num_actual_tokens],
+            query_offsets=common.query_start_loc[: common.num_reqs + 1],
+            key_counts=common.seq_lens[: common.num_reqs],
         )
 
 
@@ -79,8 +69,8 @@ class HSTUAttentionBackend(AttentionBackend):
         return HSTUAttention
 
     @staticmethod
-    def get_builder_cls() -> type[HSTUMetadataBuilder]:
-        return HSTUMetadataBuilder
+    def get_builder_cls() -> type[PagesBuilder]:
+        return PagesBuilder
 
 
 class HSTUAttention(nn.Module, AttentionLayerBase):
@@ -113,6 +103,7 @@ class HSTUAttention(nn.Module, AttentionLayerBase):
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> FullAttentionSpec:
         needed = self._kernel.page_bytes + self._time_bytes
         columns = -(-needed // (self._heads * PAGE_TOKENS * self._dtype.itemsize))
+        # What is K's and what is V's is the kernel's matter; vLLM wants to know the sum.
         return FullAttentionSpec(
             block_size=vllm_config.cache_config.block_size,
             num_kv_heads=self._heads,
@@ -131,13 +122,15 @@ class HSTUAttention(nn.Module, AttentionLayerBase):
         found = get_forward_context().attn_metadata
         if not isinstance(found, dict):
             return None
-        metadata = found[self.layer_name]
-        assert isinstance(metadata, HSTUMetadata)
-        return metadata.pages
+        pages = found[self.layer_name]
+        assert isinstance(pages, Pages)
+        return pages
 
     def keep_times(self, step: Step) -> list[Tensor]:
         """Stores the times of the pass's tokens; those of all keys, (S_b,) of each sequence."""
-        assert self._pages is not None and step.pages is not None and step.times_T is not None
+        assert self._pages is not None
+        assert step.pages is not None
+        assert step.times_T is not None
         start = self._kernel.page_bytes
         held = self._pages[:, start : start + self._time_bytes].view(torch.int32)
         slots = step.pages.slots_T
@@ -152,14 +145,16 @@ class HSTUAttention(nn.Module, AttentionLayerBase):
     def forward(
         self, q_TF: Tensor, k_TF: Tensor, v_TF: Tensor, step: Step, bias: Tensor | None
     ) -> Tensor:
-        """(T, H·V); zeros while vLLM sizes its memory."""
+        """(T, H·V); zeros while vLLM sizes its memory, and for rows that only fill up a pass."""
+        a_TF = v_TF.new_zeros(v_TF.shape)
         if step.pages is None or self._pages is None:
-            return v_TF.new_zeros(v_TF.shape)
+            return a_TF
+        pages = step.pages
+        tokens = len(pages.slots_T)
         q_THK, k_THK, v_THV = (
-            x.unflatten(1, (self._heads, width))
+            x[:tokens].view(tokens, self._heads, width)
             for x, width in ((q_TF, self._d_qk), (k_TF, self._d_qk), (v_TF, self._d_v))
         )
-        pages = step.pages
         a_THV = self._kernel(
             q_THK,
             k_THK,
@@ -169,8 +164,11 @@ class HSTUAttention(nn.Module, AttentionLayerBase):
             pages.slots_T,
             pages.query_offsets,
             pages.key_counts,
-            step.low_T,
-            step.high_T,
+            step.low_T[:tokens],
+            step.high_T[:tokens],
             bias,
         )
-        return a_THV.flatten(1)
+        if tokens == len(a_TF):
+            return a_THV.flatten(1)
+        a_TF[:tokens] = a_THV.flatten(1)
+        return a_TF

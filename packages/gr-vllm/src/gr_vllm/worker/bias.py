@@ -6,6 +6,7 @@ of all sequences: those of sequence b row by row, one sequence after another.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,28 +20,48 @@ _LOG_BUCKET_WIDTH = 0.301
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Which entries of the tables each pair reads; the same in all layers."""
+    """Which rows of the tables each pair reads; the same in all layers."""
 
-    offsets_M: Tensor | None
-    """Place of the key minus place of the query."""
-    seconds_M: Tensor | None
-    """int32, from the key's time to what follows the query."""
+    place_M: Tensor | None
+    """Row of the table of positions."""
+    bucket_M: Tensor | None
+    """Row of the table of times."""
 
 
-def pairs_of(pages: Pages, next_times_T: Tensor | None, times: list[Tensor]) -> Pairs:
+def pairs_of(
+    pages: Pages,
+    positions: int,
+    time_buckets: int,
+    next_times_T: Tensor | None,
+    times: Sequence[Tensor],
+) -> Pairs:
     """``times`` are those of the keys, (S_b,) of each sequence, where there is a time bias."""
     ends, counts = pages.query_offsets.tolist(), pages.key_counts.tolist()
-    offsets, seconds = [], []
-    device = pages.slots_T.device
+    places, buckets = [], []
     for b, keys in enumerate(counts):
         queries = ends[b + 1] - ends[b]
-        key_S = torch.arange(keys, device=device)
-        query_T = torch.arange(keys - queries, keys, device=device)
-        offsets.append((key_S - query_T[:, None]).flatten())
-        if next_times_T is not None:
+        if positions:
+            places.append(_places(queries, keys, positions, pages.slots_T.device).flatten())
+        if time_buckets:
+            assert next_times_T is not None
             following = next_times_T[ends[b] : ends[b + 1], None]
-            seconds.append((following - times[b]).flatten())
-    return Pairs(torch.cat(offsets), torch.cat(seconds) if seconds else None)
+            buckets.append(_buckets(following - times[b], time_buckets).flatten())
+    return Pairs(
+        torch.cat(places) if positions else None, torch.cat(buckets) if time_buckets else None
+    )
+
+
+def _places(queries: int, keys: int, positions: int, device: torch.device) -> Tensor:
+    """(queries, keys) int32, of the last tokens of a sequence; what is farther is as the end."""
+    key_S = torch.arange(keys, device=device, dtype=torch.int32)
+    offset = key_S - key_S[keys - queries :, None]
+    return offset.add_(positions - 1).clamp_(0, 2 * positions - 2)
+
+
+def _buckets(seconds: Tensor, buckets: int) -> Tensor:
+    """int32, of the times from keys to what follows queries."""
+    logs = seconds.abs().clamp_(min=1).float().log_()
+    return logs.div_(_LOG_BUCKET_WIDTH).int().clamp_(max=buckets - 1)
 
 
 class RelativeBias(nn.Module):
@@ -53,18 +74,12 @@ class RelativeBias(nn.Module):
 
     def forward(self, pairs: Pairs) -> Tensor:
         """(M,) float32."""
-        bias: Tensor | None = None
-        if self.position is not None:
-            assert pairs.offsets_M is not None
-            last = len(self.position) - 1
-            bias = self.position[(pairs.offsets_M + last // 2).clamp(0, last)]
-        if self.time is not None:
-            assert pairs.seconds_M is not None
-            logs = pairs.seconds_M.abs().clamp(min=1).float().log()
-            buckets = (logs / _LOG_BUCKET_WIDTH).long().clamp(max=len(self.time) - 1)
-            bias = self.time[buckets] if bias is None else bias + self.time[buckets]
-        assert bias is not None
-        return bias.float()
+        parts = [
+            table.float()[rows_M]
+            for table, rows_M in ((self.position, pairs.place_M), (self.time, pairs.bucket_M))
+            if table is not None and rows_M is not None
+        ]
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 def _table(rows: int) -> nn.Parameter:

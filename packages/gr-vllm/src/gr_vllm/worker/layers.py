@@ -16,7 +16,7 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization import QuantizationConfig
 
-from gr_vllm.checkpoint import PARTS, Layers
+from gr_vllm.checkpoint import Layers
 from gr_vllm.worker.attention import HSTUAttention
 from gr_vllm.worker.bias import Pairs, RelativeBias, pairs_of
 from gr_vllm.worker.norms import GroupedNorm
@@ -35,8 +35,9 @@ class HSTULayer(nn.Module):
         self._heads = heads
         qk, width = layers.num_heads * layers.d_qk, layers.num_heads * layers.d_v
         self._widths = [width // ranks, width // ranks, qk // ranks, qk // ranks]
-        norms = {"groups": layers.groups, "eps": layers.norm_eps, "affine": layers.norms}
-        self.input_norm = GroupedNorm(layers.d_model, split=False, **norms)
+        self.input_norm = GroupedNorm(
+            layers.d_model, layers.groups, layers.norm_eps, affine=layers.norms, split=False
+        )
         self.uvqk_proj = MergedColumnParallelLinear(
             layers.d_model,
             [width, width, qk, qk],
@@ -47,10 +48,15 @@ class HSTULayer(nn.Module):
         )
         self.attn = HSTUAttention(layers, heads, f"{prefix}.attn")
         self.attention_norm = GroupedNorm(
-            width, split=True, heads=layers.num_heads if layers.head_norm else 0, **norms
+            width,
+            layers.groups,
+            layers.norm_eps,
+            affine=layers.norms,
+            heads=layers.num_heads if layers.head_norm else 0,
+            split=True,
         )
         self.o_proj = RowParallelLinear(
-            PARTS[layers.gate] * width,
+            layers.parts * width,
             layers.d_model,
             bias=layers.output_bias,
             quant_config=quantization,
@@ -72,8 +78,8 @@ class HSTULayer(nn.Module):
     def _activated(self, uvqk: Tensor) -> tuple[Tensor, ...]:
         silu = self._config.projection_silu
         if silu == "all":
-            return F.silu(uvqk).split(self._widths, dim=1)
-        u_TF, *others = uvqk.split(self._widths, dim=1)
+            return F.silu(uvqk).split_with_sizes(self._widths, dim=1)
+        u_TF, *others = uvqk.split_with_sizes(self._widths, dim=1)
         return (F.silu(u_TF) if silu == "u" else u_TF, *others)
 
     def _gate(self, u_TF: Tensor, a_TF: Tensor, groups_T: Tensor | None) -> Tensor:
@@ -85,8 +91,9 @@ class HSTULayer(nn.Module):
             return u_TF * normed_TF
         second_TF = a_TF if gate == "u,a,u*norm(a)" else normed_TF
         parts = [u_TF, second_TF, u_TF * normed_TF]
+        by_head = (len(u_TF), self._heads, self._config.d_v)
         # Head by head, so that a rank's columns of the output projection lie together.
-        return torch.stack([p.unflatten(1, (self._heads, -1)) for p in parts], 2).flatten(1)
+        return torch.stack([p.view(by_head) for p in parts], 2).flatten(1)
 
 
 class HSTUStack(nn.Module):
@@ -94,8 +101,7 @@ class HSTUStack(nn.Module):
         self, layers: Layers, quantization: QuantizationConfig | None, prefix: str
     ) -> None:
         super().__init__()
-        self._timed = layers.time_buckets > 0
-        self._biased = self._timed or layers.positions > 0
+        self._positions, self._time_buckets = layers.positions, layers.time_buckets
         self.layers = nn.ModuleList(
             HSTULayer(layers, quantization, f"{prefix}.layers.{i}")
             for i in range(layers.num_layers)
@@ -110,9 +116,11 @@ class HSTUStack(nn.Module):
 
     def forward(self, x_TD: Tensor, step: Step) -> Tensor:
         pairs = None
-        if self._biased and step.pages is not None:
-            times = self.attention.keep_times(step) if self._timed else []
-            pairs = pairs_of(step.pages, step.next_times_T, times)
+        if (self._positions or self._time_buckets) and step.pages is not None:
+            times = self.attention.keep_times(step) if self._time_buckets else []
+            pairs = pairs_of(
+                step.pages, self._positions, self._time_buckets, step.next_times_T, times
+            )
         for layer in self.layers:
             x_TD = layer(x_TD, step, pairs)
         return x_TD

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.config import VllmConfig
@@ -17,6 +18,7 @@ from vllm.sequence import IntermediateTensors
 
 from gr_vllm.checkpoint import Checkpoint
 from gr_vllm.worker.config import GrHSTUConfig
+from gr_vllm.worker.kernels import PAGE_TOKENS
 from gr_vllm.worker.layers import HSTUStack
 from gr_vllm.worker.pooling import LastRows
 from gr_vllm.worker.tokens import Tokens
@@ -32,6 +34,7 @@ class _GrHSTU(nn.Module):
         config = vllm_config.model_config.hf_config
         assert isinstance(config, GrHSTUConfig)
         self.checkpoint: Checkpoint = config.checkpoint
+        _check(vllm_config, self.checkpoint)
         self.config = config
         self.tokens = Tokens(self.checkpoint, "tokens")
         self.stack = HSTUStack(self.checkpoint.layers, vllm_config.quant_config, "stack")
@@ -107,7 +110,25 @@ class GrHSTUForGeneration(GrHSTUForRetrieval):
         logits = super().compute_logits(hidden_states)
         if logits is None:
             return None
-        scores = logits.new_full(logits.shape, _NEVER)
+        scores = torch.full_like(logits, _NEVER, dtype=torch.float32)
         for start, stop in self.checkpoint.levels:
             scores[:, start:stop] = F.log_softmax(logits[:, start:stop].float(), dim=-1)
         return scores
+
+
+def _check(vllm_config: VllmConfig, checkpoint: Checkpoint) -> None:
+    """Settings under which answers would be wrong. Raises `ValueError` that names the setting."""
+    dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    if dtype != checkpoint.dtype:
+        raise ValueError(
+            f"dtype is {dtype}; expected {checkpoint.dtype}, which {checkpoint.name} was exported "
+            "in: rows of prompts are made for it"
+        )
+    block_size = vllm_config.cache_config.block_size
+    if block_size != PAGE_TOKENS:
+        raise ValueError(f"block_size is {block_size}; expected {PAGE_TOKENS}")
+    if not checkpoint.causal and vllm_config.scheduler_config.enable_chunked_prefill:
+        raise ValueError(
+            f"enable_chunked_prefill is true; expected false, for tokens of {checkpoint.name} see "
+            "later ones, which must be in the same pass"
+        )

@@ -29,7 +29,7 @@ class GroupedNorm(nn.Module):
         self._width = width
         self._heads = heads // self._ranks
         self._eps = eps
-        own = width // self._ranks
+        self._own = own = width // self._ranks
         self.weight = self._parameter(groups, own) if affine else None
         self.bias = self._parameter(groups, own) if affine else None
 
@@ -46,7 +46,9 @@ class GroupedNorm(nn.Module):
     def forward(self, x_TF: Tensor, groups_T: Tensor | None) -> Tensor:
         wide = x_TF.float()
         if self._heads:
-            normed = self._normed(wide.unflatten(1, (self._heads, -1))).flatten(1)
+            normed = self._normed(
+                wide.view(len(wide), self._heads, self._own // self._heads)
+            ).flatten(1)
         elif self._ranks > 1:
             # In two passes: the difference of large sums would lose what it is about.
             mean = tensor_model_parallel_all_reduce(wide.sum(1, keepdim=True)) / self._width

@@ -21,6 +21,8 @@ class Tokens(nn.Module):
         super().__init__()
         self._kind = checkpoint.tokens
         self._layout = RowLayout.of(checkpoint)
+        self._groups = checkpoint.layers.groups
+        self._rows = checkpoint.tables
         width = checkpoint.layers.d_model
         self.tables = nn.ModuleList(
             VocabParallelEmbedding(rows, width, prefix=f"{prefix}.tables.{i}")
@@ -56,7 +58,7 @@ class Tokens(nn.Module):
                 interval = words_TA[:, layout.interval]
                 low_T, high_T = interval[:, 0].contiguous(), interval[:, 1].contiguous()
             if layout.group is not None:
-                groups_T = words_TA[:, layout.group].long()
+                groups_T = words_TA[:, layout.group].long().clamp(0, self._groups - 1)
             if layout.times.stop > layout.times.start:
                 times = words_TA[:, layout.times]
                 times_T, next_times_T = times[:, 0].contiguous(), times[:, 1].contiguous()
@@ -73,4 +75,4 @@ class Tokens(nn.Module):
 
     def _clamped(self, ids_T: Tensor | None, table: int) -> Tensor:
         assert ids_T is not None
-        return ids_T.long().clamp(0, self.tables[table].org_vocab_size - 1)
+        return ids_T.long().clamp(0, self._rows[table] - 1)

@@ -51,11 +51,11 @@ class TorchPagedAttention:
         high_T: Tensor,
         bias: Tensor | None = None,
     ) -> Tensor:
-        held_PHNC = pages[:, : self.page_bytes].view(self._dtype).unflatten(1, self._shape)
+        held_PHNC = pages[:, : self.page_bytes].view(self._dtype).view(-1, *self._shape)
         stored = slots_T >= 0
         slots = slots_T[stored]
-        new_THC = torch.cat([k_THK, v_THV], dim=2)[stored]
-        held_PHNC[slots // _PAGE_TOKENS, :, slots % _PAGE_TOKENS] = new_THC
+        new_THC = torch.cat([k_THK, v_THV], dim=2)
+        held_PHNC[slots // _PAGE_TOKENS, :, slots % _PAGE_TOKENS] = new_THC[stored]
         a_THV = v_THV.new_zeros(v_THV.shape)
         ends, counts = query_offsets.tolist(), key_counts.tolist()
         pair = 0
@@ -65,6 +65,8 @@ class TorchPagedAttention:
                 continue
             table = block_table[b, : -(-keys // _PAGE_TOKENS)].long()
             kept_HSC = held_PHNC[table].transpose(0, 1).flatten(1, 2)[:, :keys]
+            # Of a new token that is stored nowhere, only its own row knows K and V.
+            kept_HSC[:, keys - count :] = new_THC[ends[b] : ends[b + 1]].transpose(0, 1)
             given = None if bias is None else bias[pair : pair + count * keys].view(count, keys)
             pair += count * keys
             for first in range(0, count, _ROWS):
@@ -94,6 +96,8 @@ class TorchPagedAttention:
         key_S = torch.arange(keys, device=q_nHK.device)
         own_n = torch.arange(place, place + len(q_nHK), device=q_nHK.device)
         seen_nS = (key_S >= low_n[:, None]) & (key_S < high_n[:, None]) | (key_S == own_n[:, None])
+        # What nobody sees may never have been stored, and a zero times a NaN is none.
+        kept_HSC = kept_HSC.masked_fill(~seen_nS.any(0)[:, None], 0.0)
         scores_HnS = self._alpha * (q_nHK.transpose(0, 1) @ kept_HSC[..., : self._d_qk].mT)
         if bias_nS is not None:
             scores_HnS = scores_HnS + bias_nS
