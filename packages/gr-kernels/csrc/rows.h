@@ -17,19 +17,24 @@ struct Rows {
 
   // One token's heads; `scratch` holds them where they do not lie like that already.
   const float* of(int64_t token, float* scratch) const {
+    // Of their own, because writing to `scratch` might change this for all that the compiler knows.
+    const int32_t count = heads, columns = width;
+    const int64_t stride = head_stride;
     if (dtype == GR_FLOAT32) {
       const float* row = (const float*)data + token * token_stride;
-      if (head_stride == width) return row;
-      for (int32_t h = 0; h < heads; ++h) {
-        std::memcpy(scratch + (int64_t)h * width, row + h * head_stride, 4 * (int64_t)width);
+      if (stride == columns) return row;
+      for (int32_t h = 0; h < count; ++h) {
+        std::memcpy(scratch + (int64_t)h * columns, row + h * stride, 4 * (int64_t)columns);
       }
       return scratch;
     }
     const uint16_t* row = (const uint16_t*)data + token * token_stride;
-    for (int32_t h = 0; h < heads; ++h) {
-      for (int32_t c = 0; c < width; ++c) {
-        const uint32_t bits = (uint32_t)row[h * head_stride + c] << 16;
-        std::memcpy(scratch + (int64_t)h * width + c, &bits, 4);
+    for (int32_t h = 0; h < count; ++h) {
+      const uint16_t* from = row + h * stride;
+      float* to = scratch + (int64_t)h * columns;
+      for (int32_t c = 0; c < columns; ++c) {
+        const uint32_t bits = (uint32_t)from[c] << 16;
+        std::memcpy(to + c, &bits, 4);
       }
     }
     return scratch;
