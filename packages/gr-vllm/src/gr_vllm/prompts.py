@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,14 +33,18 @@ class Prompts:
         self._kind = checkpoint.tokens
         self._layout = RowLayout.of(checkpoint)
         self._model = model
+        self._ids: Callable[[TokenSequence], npt.NDArray[np.int32]] | None = None
+        if self._kind != "rows":
+            assert isinstance(model, TokenModel)  # too slow a question for every request
+            self._ids = model.token_ids
         self._dtype: torch.dtype = getattr(torch, checkpoint.dtype)
 
     def prompt(self, request: EncodedRequest, sequence: TokenSequence) -> Prompt:
         """For a sequence of at least one token."""
         prompt: Prompt
         if self._kind == "ids":
-            assert isinstance(self._model, TokenModel)
-            ids = self._model.token_ids(sequence)[:, 0].tolist()
+            assert self._ids is not None
+            ids = self._ids(sequence)[:, 0].tolist()
             prompt = {"type": "token", "prompt_token_ids": ids}
         elif self._kind == "columns":
             prompt = {"type": "embeds", "prompt_embeds": self._columns(sequence)}
@@ -50,9 +55,9 @@ class Prompts:
         return prompt
 
     def _columns(self, sequence: TokenSequence) -> Tensor:
-        assert isinstance(self._model, TokenModel)
+        assert self._ids is not None
         words_NA = np.empty((sequence.history, self._layout.words), np.int32)
-        words_NA[:, self._layout.ids] = self._model.token_ids(sequence)
+        words_NA[:, self._layout.ids] = self._ids(sequence)
         self._put_times(words_NA, sequence)
         return self._layout.join(None, torch.from_numpy(words_NA), self._dtype)
 
