@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gr_core import EngineDescriptor, ExporterDescriptor, ModelDescriptor, Task
 from gr_core.devices import Device, Machine
 from gr_core.errors import ConfigurationError, PlanError
-from gr_core.planner import Plan, load_profile, plan, save_profile
+from gr_core.planner import Plan, export_path, load_profile, plan, save_profile
 from gr_core.plugins.descriptors import Descriptor
 from gr_core.plugins.registry import Registry
 
@@ -52,6 +52,17 @@ ALL = (HSTU, engine(), TRT, exporter("torch", "onnx"), exporter("onnx", "plan"))
 
 def planned(*descriptors: Descriptor, on: Machine = CPU, **asked: Any) -> Plan:
     return plan(Registry.of(*descriptors), "hstu", Task.RANK, on=on, **asked)
+
+
+def test_a_way_of_exporting_serves_a_task_of_the_model() -> None:
+    generates = ModelDescriptor(name="sid", factory="a:b", tasks=(Task.GENERATE,))
+    registry = Registry.of(generates, *ALL)
+    assert [step.name for step in export_path(registry, "hstu", "plan")[1]] == [
+        "torch-onnx",
+        "onnx-plan",
+    ]
+    with pytest.raises(PlanError, match="no exporter makes onnx of sid \\(torch\\) for generate"):
+        export_path(registry, "sid", "onnx")
 
 
 def test_the_only_chain() -> None:

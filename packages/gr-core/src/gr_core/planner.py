@@ -202,6 +202,7 @@ def export_path(
 ) -> tuple[str, tuple[ExporterDescriptor, ...]]:
     """The shortest way from a format of an architecture to another format: its start and steps.
 
+    At least one of the architecture's tasks survives all steps.
     Raises `PlanError` that says which exporters there are and why they cannot be used.
     """
     model = registry.models[architecture]
@@ -212,13 +213,15 @@ def export_path(
         if path
         and end == target
         and all(not s.architectures or architecture in s.architectures for s in path)
+        and set(model.tasks).intersection(*(s.tasks for s in path))
     ]
     if ways:
         return min(ways, key=lambda way: (len(way[1]), [step.name for step in way[1]], way[0]))
     declared = [f"{e.name} ({e.source} → {e.target})" for e in registry.exporters.declared()]
     unusable = [f"{name}: {why}" for name, why in registry.exporters.unusable().items()]
     raise PlanError(
-        f"no exporter makes {target} of {architecture} ({', '.join(model.formats)}). "
+        f"no exporter makes {target} of {architecture} ({', '.join(model.formats)}) for "
+        f"{' or '.join(model.tasks)}. "
         f"Exporters: {', '.join(declared) or 'none installed'}. "
         + "; ".join(unusable)
         + registry.exporters.hint("")
