@@ -150,6 +150,10 @@ def test_pages_are_those_of_the_reference(device: str):
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 @pytest.mark.timeout(600)
 def test_on_the_interpreter():
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+        pytest.skip("the interpreter of Triton before 3.7 cannot loop with the newest NumPy")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider"],
         env=os.environ | {"TRITON_INTERPRET": "1"},
