@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -174,6 +175,22 @@ def test_the_same_bits_however_it_is_computed(way: tuple[Make, torch.dtype], dat
     together = compute(make, users, steps, dtype, seed=seed, views=True, threads=threads)
     for one, other in zip(together, alone, strict=True):
         assert torch.equal(one, other)
+
+
+def test_layers_share_workers_but_not_each_other_s_memory(monkeypatch: pytest.MonkeyPatch):
+    """Many at once, of different sizes, on the same two threads."""
+    make = of_instruction_set("avx2", "float32", monkeypatch)
+    problems = [
+        [random_user(i, arbitrary(i, 90), heads=1 + i % 3, d_qk=8 + i, d_v=20, bias=i % 2 == 1)]
+        for i in range(12)
+    ]
+    alone = [compute(make, users, [[50], [40]]) for users in problems]
+    with ThreadPoolExecutor(4) as pool:
+        running = [
+            pool.submit(compute, make, users, [[50], [40]], threads=2) for users in problems * 3
+        ]
+    for future, expected in zip(running, alone * 3, strict=True):
+        assert torch.equal(future.result()[0], expected[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
