@@ -31,11 +31,13 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """Exports a model and starts vLLM on it; of one module, one runs at a time."""
     running: list[InProcess] = []
 
-    def start(model: Model, dtype: str = "float32", quantization: str = "", **options: Any) -> Any:
+    def start(
+        model: Model, exported: str = "float32", quantization: str = "", **options: Any
+    ) -> Any:
         while running:
             running.pop().close()
         folder = tmp_path_factory.mktemp("exported")
-        running.append(InProcess(export(model, folder, dtype, quantization), model, **options))
+        running.append(InProcess(export(model, folder, exported, quantization), model, **options))
         return running[-1]
 
     yield start

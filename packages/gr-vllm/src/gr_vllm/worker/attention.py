@@ -26,7 +26,7 @@ from gr_vllm.worker.step import Pages, Step
 _TIME_BYTES = 4
 
 
-class PagesBuilder(AttentionMetadataBuilder[Pages]):
+class PagesBuilder(AttentionMetadataBuilder[Pages]):  # type: ignore[misc]
     """A pass as vLLM tells it. No graph captures it, for each pass reads lengths on the host."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # it is abstract there
@@ -47,7 +47,7 @@ class PagesBuilder(AttentionMetadataBuilder[Pages]):
         )
 
 
-class HSTUAttentionBackend(AttentionBackend):
+class HSTUAttentionBackend(AttentionBackend):  # type: ignore[misc]
     """What vLLM asks before it gives a layer memory."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
@@ -73,7 +73,7 @@ class HSTUAttentionBackend(AttentionBackend):
         return PagesBuilder
 
 
-class HSTUAttention(nn.Module, AttentionLayerBase):
+class HSTUAttention(nn.Module, AttentionLayerBase):  # type: ignore[misc]
     """One layer's attention and its pages.
 
     A page is the kernel's own arrangement of K and V, then, where the stack has a time bias, the
