@@ -6,6 +6,7 @@ import functools
 from importlib.util import find_spec
 
 from gr_core import KernelDescriptor
+from gr_core.devices import machine
 from gr_kernels import native
 
 
@@ -18,19 +19,16 @@ def probe_torch() -> tuple[bool, str]:
 def probe_triton() -> tuple[bool, str]:
     if find_spec("triton") is None:
         return False, "Triton is not installed; pip install gr-kernels[triton]"
-    ok, reason = probe_torch()
+    ok, reason = machine().available("cuda")
     if not ok:
-        return ok, reason
+        return False, reason
     import torch
 
     if not torch.cuda.is_available():
-        return False, "torch sees no CUDA device"
+        return False, f"torch {torch.__version__} cannot use CUDA; install a build of torch that can"
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
-        return (
-            False,
-            f"the CUDA device has compute capability {major}.{minor}; expected 8.0 or more",
-        )
+        return False, f"the CUDA device has the capability {major}.{minor}; expected 8.0 or more"
     return True, f"Triton is installed; {torch.cuda.get_device_name()}"
 
 
