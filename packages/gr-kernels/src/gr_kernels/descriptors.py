@@ -25,7 +25,7 @@ def probe_triton() -> tuple[bool, str]:
     import torch
 
     if not torch.cuda.is_available():
-        return False, f"torch {torch.__version__} cannot use CUDA; install a build of torch that can"
+        return False, f"torch {torch.__version__} cannot use CUDA; install a build that can"
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
         return False, f"the CUDA device has the capability {major}.{minor}; expected 8.0 or more"
