@@ -2,6 +2,14 @@
 
 #include <system_error>
 
+#ifdef __linux__
+#include <dirent.h>
+#include <pthread.h>
+#include <sched.h>
+
+#include <cstdlib>
+#endif
+
 namespace gr {
 
 namespace {
@@ -14,11 +22,40 @@ inline void pause() {
   __builtin_ia32_pause();
 #endif
 }
+#ifdef __linux__
+// The processors of all threads of this process.
+void add_processors(cpu_set_t* all) {
+  DIR* tasks = opendir("/proc/self/task");
+  if (!tasks) return;
+  while (const dirent* task = readdir(tasks)) {
+    cpu_set_t its;
+    const int id = std::atoi(task->d_name);
+    if (id > 0 && sched_getaffinity(id, sizeof its, &its) == 0) CPU_OR(all, all, &its);
+  }
+  closedir(tasks);
+}
+#endif
+
+// OpenMP may have bound the caller to one processor, which would be that of all workers too.
+void spread(std::vector<std::thread>& workers) {
+#ifdef __linux__
+  cpu_set_t all;
+  if (sched_getaffinity(0, sizeof all, &all) != 0) return;
+  if (CPU_COUNT(&all) > (int)workers.size()) return;
+  add_processors(&all);
+  for (std::thread& worker : workers) {
+    pthread_setaffinity_np(worker.native_handle(), sizeof all, &all);
+  }
+#else
+  (void)workers;
+#endif
+}
 }  // namespace
 
 Pool::Pool(int threads) : ticket_(kNone) {
   try {
     for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { loop(i); });
+    if (!workers_.empty()) spread(workers_);
   } catch (const std::system_error&) {
     stop();
     throw;

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -191,6 +194,28 @@ def test_layers_share_workers_but_not_each_other_s_memory(monkeypatch: pytest.Mo
         ]
     for future, expected in zip(running, alone * 3, strict=True):
         assert torch.equal(future.result()[0], expected[0])
+
+
+BOUND = """
+import os, threading, torch
+from gr_kernels.ops.hstu_paged_attention.cpu import CpuPagedAttention
+everywhere = os.sched_getaffinity(0)
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+os.sched_setaffinity(0, {min(everywhere)})
+before = set(os.listdir("/proc/self/task"))
+attention = CpuPagedAttention(1, 8, 8, torch.float32, 1.0, 1.0, threads=2)
+(worker,) = set(os.listdir("/proc/self/task")) - before
+assert os.sched_getaffinity(int(worker)) == everywhere
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are bound to processors on Linux")
+def test_workers_are_not_bound_to_the_caller_s_processor(monkeypatch: pytest.MonkeyPatch):
+    """As it would be where OpenMP has bound its threads, of which the caller is one."""
+    of_instruction_set("avx2", "float32", monkeypatch)
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two processors")
+    subprocess.run([sys.executable, "-c", BOUND], check=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
