@@ -38,7 +38,7 @@ from gr_vllm.quantization import PROJECTIONS, Quantization, quantize
 logger = logging.getLogger(__name__)
 
 ENGINE_OPTIONS = frozenset(field.name for field in fields(VllmOptions))
-"""A chain and its engine get the same options; each refuses only what neither knows."""
+"""See `gr_vllm.export.options.EXPORT_OPTIONS`."""
 _QUANTIZED = tuple(f".{name}.weight" for name in PROJECTIONS)
 
 
@@ -100,6 +100,11 @@ def convert(
             "the task retrieve among its tasks, which vLLM then ranks with"
         )
     layers = _layers(stack)
+    if tables is not None and layers.groups > 1:
+        raise PlanError(
+            f"exporter vllm: {model.bundle.name} has {layers.groups} groups of norms; expected 1 "
+            "where tokens are sums of table rows"
+        )
     timed = layers.time_buckets > 0
     tokens: Tokens = "rows"
     if tables is not None:
