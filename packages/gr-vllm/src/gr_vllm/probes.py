@@ -14,14 +14,10 @@ def torch() -> tuple[bool, str]:
 
 
 def vllm() -> tuple[bool, str]:
-    """vLLM, of whatever build, of a version that this package was made for."""
+    """vLLM, of whatever build, of a version that this package was made for, beside its torch."""
     return compat.usable()
 
 
 def vllm_device(device: str) -> tuple[bool, str]:
     """Whether the installed build is one for a device."""
-    found = compat.installed()
-    assert found is not None
-    if found.device == device:
-        return True, f"{found} is built for {device}"
-    return False, f"{found} is built for {found.device}; {compat.remedy(device)}"
+    return compat.fits(device)

@@ -77,9 +77,23 @@ class Prompts:
         )
         # The outputs of candidates are the answer, so their blocks may never be found.
         words_NA[sequence.history :, layout.nonce] = _words(os.urandom(4 * NONCE_WORDS))
-        with torch.inference_mode():
-            x_ND = self._model.embed([request], [sequence], [0])
-            return layout.join(x_ND, torch.from_numpy(words_NA), self._dtype)
+        return layout.join(
+            self._embedded(request, sequence), torch.from_numpy(words_NA), self._dtype
+        )
+
+    @torch.inference_mode()
+    def _embedded(self, request: EncodedRequest, sequence: TokenSequence) -> Tensor:
+        try:
+            x_ND: Tensor = self._model.embed([request], [sequence], [0]).to(self._dtype)
+        except IndexError as error:
+            raise ValueError(f"a token has an id that the model has no row for: {error}") from error
+        if not torch.isfinite(x_ND).all():
+            token = int((~torch.isfinite(x_ND)).any(dim=1).nonzero()[0])
+            raise ValueError(
+                f"token {token} has an embedding that is not finite in "
+                f"{str(self._dtype).removeprefix('torch.')}"
+            )
+        return x_ND
 
     def _put_times(self, words_NA: npt.NDArray[np.int32], sequence: TokenSequence) -> None:
         """Seconds since the oldest behaviour, which histories that may share K and V share."""

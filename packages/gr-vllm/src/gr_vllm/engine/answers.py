@@ -19,7 +19,7 @@ from gr_core.contracts import EncodedRequest, InferenceResult
 from gr_core.generation import BeamSearch, CodeTrie, GenerativeModel, search_width
 from gr_core.stack import StackModel
 from gr_core.tokens import TokenModel
-from gr_core.types import Task
+from gr_core.types import IntArray, Task
 from gr_vllm.prompts import Prompt, Prompts
 
 _numbers = itertools.count()
@@ -28,7 +28,9 @@ _numbers = itertools.count()
 class Answers(Protocol):
     """Answers the requests of one checkpoint with an AsyncLLM."""
 
-    async def answer(self, llm: Any, request: EncodedRequest) -> InferenceResult: ...
+    async def answer(self, llm: Any, request: EncodedRequest) -> InferenceResult:
+        """Raises `ValueError` for arrays that no request of this model has."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +43,18 @@ class _Scores:
 
 
 async def _last(outputs: AsyncGenerator[Any, None]) -> Any:
-    """The only output of a request, since final ones alone are asked for."""
+    """The only output of a request, since final ones alone are asked for.
+
+    Raises `ValueError` for what vLLM refuses before it computes.
+    """
+    from vllm.exceptions import VLLMClientError
+
     found = None
-    async for output in outputs:
-        found = output
+    try:
+        async for output in outputs:
+            found = output
+    except VLLMClientError as error:
+        raise ValueError(f"vLLM refuses it: {error}") from None
     assert found is not None
     return found
 
@@ -79,23 +89,34 @@ class Retrieval:
         self._model = model
         self._prompts = prompts
         self._table = model.item_table()
+        self._items = len(self._table) - 1
 
     async def answer(self, llm: Any, request: EncodedRequest) -> InferenceResult:
         sequence = self._model.sequence(request)
+        wanted = None if request.task is Task.RETRIEVE else self._wanted(request)
         if not sequence.history:
-            return self._for_nobody(request)
+            return await asyncio.to_thread(self._for_nobody, request)
         prompt = self._prompts.prompt(request, sequence)
-        if request.task is Task.RETRIEVE:
-            best = await _sample(llm, prompt, request.k)
+        if wanted is None:
+            best = await _sample(llm, prompt, min(request.k, self._items))
             return InferenceResult(
                 np.array(best.values, np.float32), np.array(best.tokens, np.int64), best.reused
             )
-        wanted = self._model.answer_ids(request)
         allowed = np.unique(wanted)
         scored = await _sample(llm, prompt, len(allowed), allowed.tolist())
         order = np.argsort(scored.tokens)
         by_id = np.array(scored.values, np.float32)[order]
         return InferenceResult(by_id[np.searchsorted(allowed, wanted), None], None, scored.reused)
+
+    def _wanted(self, request: EncodedRequest) -> IntArray:
+        """The items to score (C,)."""
+        wanted = self._model.answer_ids(request)
+        (wrong,) = ((wanted < 1) | (wanted > self._items)).nonzero()
+        if len(wrong):
+            raise ValueError(
+                f"candidate {wrong[0]} is item {wanted[wrong[0]]}, expected 1 to {self._items}"
+            )
+        return wanted
 
     @torch.inference_mode()
     def _for_nobody(self, request: EncodedRequest) -> InferenceResult:
@@ -105,7 +126,7 @@ class Retrieval:
             return InferenceResult(given.reshape(len(given), -1).numpy())
         scores = self._table @ given
         scores[0] = float("-inf")
-        values, places = torch.topk(scores, min(request.k, len(scores) - 1))
+        values, places = torch.topk(scores, min(request.k, self._items))
         return InferenceResult(values.numpy(), places.numpy())
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import logging
+import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 from gr_core.contracts import (
     Artifact,
@@ -20,7 +22,7 @@ from gr_core.contracts import (
     Measurement,
     Model,
 )
-from gr_core.errors import PlanError, Unavailable
+from gr_core.errors import DeadlineExceeded, PlanError, Unavailable
 from gr_core.samples import for_task, sample_requests
 from gr_core.stack import StackModel
 from gr_core.types import Task
@@ -29,12 +31,16 @@ from gr_vllm.engine.answers import Answers, answers
 from gr_vllm.engine.options import Sizes, VllmOptions
 from gr_vllm.engine.process import VllmProcess
 from gr_vllm.engine.start import start
+from gr_vllm.export.options import ExportSettings
 from gr_vllm.prompts import Prompts
 
 if TYPE_CHECKING:
     from gr_vllm.engine.measurements import Counts
 
 logger = logging.getLogger(__name__)
+
+EXPORT_OPTIONS = frozenset(field.name for field in fields(ExportSettings))
+"""A chain's exporter and engine get the same options; each refuses only what neither knows."""
 
 
 class VllmEngine:
@@ -50,7 +56,7 @@ class VllmEngine:
     def load(
         self, artifact: Artifact, model: Model, tasks: Sequence[Task], options: EngineOptions
     ) -> None:
-        own = VllmOptions.of(options.extra)
+        own = VllmOptions.of(options.extra, foreign=EXPORT_OPTIONS)
         if not isinstance(model, StackModel):
             raise PlanError(f"engine vllm: {type(model).__name__} does not open its stack")
         checkpoint = Checkpoint.read(artifact.path)
@@ -58,10 +64,11 @@ class VllmEngine:
         from gr_vllm.engine.measurements import Counts
 
         name = f"engine vllm of {checkpoint.name}/{checkpoint.version}"
-        self._counts = counts = Counts()
-        self._process = VllmProcess(
-            name,
-            lambda: start(
+        counts = Counts()
+
+        def make() -> Any:
+            counts.start()
+            return start(
                 artifact.path,
                 checkpoint,
                 own,
@@ -69,11 +76,12 @@ class VllmEngine:
                 options.device,
                 options.threads,
                 [lambda *_: counts],
-            ),
-            restart=own.restart,
-        )
+            )
+
         prompts = Prompts(checkpoint, model)
         self._answers = answers(checkpoint.role, model, prompts, sizes.max_candidates)
+        self._process = VllmProcess(name, make, restart=own.restart)
+        self._counts = counts
         self._model = model
         self._tasks = tasks
         logger.info("%s: %s, prompts of %s, %s", name, checkpoint.role, checkpoint.tokens, sizes)
@@ -90,19 +98,16 @@ class VllmEngine:
         process, translate = self._process, self._answers
         if process is None or translate is None:
             raise Unavailable("engine vllm is closed")
-
-        async def work() -> InferenceResult:
-            from vllm.v1.engine.exceptions import EngineDeadError
-
-            try:
-                return await translate.answer(process.llm, request)
-            except EngineDeadError:
-                raise Unavailable("engine vllm: its vLLM died") from None
-
-        return process.submit(work())
+        return process.submit(lambda llm: translate.answer(llm, request))
 
     async def infer(self, request: EncodedRequest, deadline: float | None) -> InferenceResult:
-        """The platform cancels what is late, and vLLM aborts what is cancelled."""
+        """The platform cancels what is late, and vLLM aborts what is cancelled.
+
+        Raises `ValueError` for arrays that no request of this model has, and `Unavailable` while
+        vLLM is down.
+        """
+        if deadline is not None and deadline <= time.monotonic():
+            raise DeadlineExceeded("engine vllm: the deadline passed before vLLM was asked")
         return await asyncio.wrap_future(self._submit(request))
 
     def measurements(self) -> Sequence[Measurement]:

@@ -17,6 +17,10 @@ class Counts(StatLoggerBase):  # type: ignore[misc]
         self._gauges = dict.fromkeys(("running", "waiting", "usage"), 0.0)
         self._counters = dict.fromkeys(("queries", "hits", "preemptions", "prompt_tokens"), 0.0)
 
+    def start(self) -> None:
+        """Nothing runs in a vLLM that is about to start; what was counted stays."""
+        self._gauges = dict.fromkeys(self._gauges, 0.0)
+
     def record(
         self,
         scheduler_stats: Any,

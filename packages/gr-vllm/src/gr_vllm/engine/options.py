@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
+
 from gr_core.errors import PlanError
 from gr_vllm.checkpoint import Checkpoint
-from gr_vllm.worker.kernels import PAGE_TOKENS
+from gr_vllm.worker.kernels import PAGE_TOKENS, paged_attention
 
 _WHO = "engine vllm"
 _GIB = 2**30
+_TIME_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,11 @@ class VllmOptions:
         for name in ("prefix_caching", "restart"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected true or false")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}; expected at least "
+                f"max_num_seqs, {self.max_num_seqs}"
+            )
         part = self.gpu_memory_utilization
         if not isinstance(part, (int, float)) or isinstance(part, bool) or not 0 < part <= 1:
             raise ValueError(
@@ -109,6 +117,27 @@ class Sizes:
         if not checkpoint.causal:
             batched = max(batched, max_model_len)
         kv_cache_bytes = options.kv_cache_bytes or (_GIB if device == "cpu" else 0)
+        # One prompt at least, and the page that vLLM keeps for itself.
+        pages = -(-max_model_len // PAGE_TOKENS) + 1
+        least = pages * checkpoint.layers.num_layers * _page_bytes(checkpoint, ranks, device)
+        if 0 < kv_cache_bytes < least:
+            raise PlanError(
+                f"{_WHO}: option kv_cache_bytes is {options.kv_cache_bytes}"
+                f"{'' if options.kv_cache_bytes else f', which here is {_GIB}'}; expected at least "
+                f"{least}, for one prompt of {max_model_len} tokens of {checkpoint.name}"
+            )
         return Sizes(
             max_model_len, options.max_candidates, batched, kv_cache_bytes, checkpoint.causal
         )
+
+
+def _page_bytes(checkpoint: Checkpoint, ranks: int, device: str) -> int:
+    """K and V, and times, of a page of one layer and rank; see `HSTUAttention`."""
+    layers, heads = checkpoint.layers, checkpoint.layers.num_heads // ranks
+    dtype: torch.dtype = getattr(torch, checkpoint.dtype)
+    kernel = paged_attention(
+        heads, layers.d_qk, layers.d_v, dtype, layers.alpha, layers.divisor, device
+    )
+    needed = kernel.page_bytes + (PAGE_TOKENS * _TIME_BYTES if layers.time_buckets else 0)
+    row = heads * PAGE_TOKENS * dtype.itemsize
+    return -(-needed // row) * row

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gr_core.errors import PlanError
 from gr_vllm.checkpoint import Checkpoint
 from gr_vllm.engine.options import Sizes, VllmOptions
-from gr_vllm.engine.process import environment
+from gr_vllm.orphans import FRONT
 from gr_vllm.worker.kernels import PAGE_TOKENS
 
-_FRONT = {"VLLM_CONFIGURE_LOGGING": "0"}
+_IMPORT = {"VLLM_CONFIGURE_LOGGING": "0"}
 """In this process its messages go where the platform's go."""
 _QUIET = {
     # Its processes say what went wrong, and nothing is reported to anybody.
@@ -25,21 +27,28 @@ _QUIET = {
     "VLLM_HOST_IP": "127.0.0.1",
     "PYTHONWARNINGS": "ignore::FutureWarning",
 }
+_IN_ITS_CORE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""The only worker shares its core's process, as it does on a GPU. On a CPU vLLM gives it one of its
+own, to set its threads, which are set here; each pass then takes a few milliseconds more."""
+_starting = threading.Lock()
+"""The environment is the whole process's: one vLLM starts at a time."""
 
 
 def variables(device: str, threads: int, ranks: int) -> Mapping[str, str]:
-    """For vLLM's processes. More threads than free cores make each pass wait for the scheduler."""
-    if device != "cpu":
-        return _QUIET
-    cores = len(os.sched_getaffinity(0))
-    each = threads or max(1, (cores - 1) // ranks)
-    return {
-        **_QUIET,
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": str(each),
-        # There is nothing to compile, and vLLM's sampler would, at the first request.
-        "TORCHDYNAMO_DISABLE": "1",
-    }
+    """For vLLM's processes; what a user has set stays, but for what the configuration says."""
+    said = {FRONT: str(os.getpid())}
+    free = dict(_QUIET)
+    if device == "cpu":
+        free |= {
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            # More threads than free cores make each pass wait for the slowest.
+            "OMP_NUM_THREADS": str(max(1, (len(os.sched_getaffinity(0)) - 1) // ranks)),
+            # There is nothing to compile, and vLLM's sampler would, at the first request.
+            "TORCHDYNAMO_DISABLE": "1",
+        }
+        if threads:
+            said["OMP_NUM_THREADS"] = str(threads)
+    return {name: value for name, value in free.items() if name not in os.environ} | said
 
 
 def start(
@@ -52,14 +61,14 @@ def start(
     loggers: list[Any],
 ) -> Any:
     """An AsyncLLM. Raises `PlanError` with vLLM's reason where it does not start."""
-    with environment(_FRONT):
-        from vllm import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
+    with _starting:
+        with environment(_IMPORT):
+            from vllm import AsyncEngineArgs
+            from vllm.v1.engine.async_llm import AsyncLLM
 
-        from gr_vllm.worker.registration import register
+            from gr_vllm.worker.registration import register
 
-        register()
-    with environment(variables(device, threads, options.tensor_parallel_size)):
+            register()
         arguments: dict[str, Any] = {
             "model": str(folder),
             "runner": "pooling" if checkpoint.role == "ranking" else "generate",
@@ -78,18 +87,37 @@ def start(
             "use_tqdm_on_load": False,
             "seed": 0,
         }
+        if device == "cpu" and options.tensor_parallel_size == 1:
+            arguments["distributed_executor_backend"] = _IN_ITS_CORE
         if checkpoint.role != "ranking":
             arguments |= {"max_logprobs": -1, "logprobs_mode": "processed_logits"}
         if sizes.kv_cache_bytes:
             arguments["kv_cache_memory_bytes"] = sizes.kv_cache_bytes
         else:
             arguments["gpu_memory_utilization"] = options.gpu_memory_utilization
-        try:
-            return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=loggers)
-        except (ValueError, RuntimeError) as error:
-            raise PlanError(
-                f"engine vllm: vLLM did not start on {checkpoint.name}: {_first_line(error)}"
-            ) from error
+        with environment(variables(device, threads, options.tensor_parallel_size)):
+            try:
+                made = AsyncEngineArgs(**arguments)
+                return AsyncLLM.from_engine_args(made, stat_loggers=loggers)
+            except (ValueError, RuntimeError) as error:
+                raise PlanError(
+                    f"engine vllm: vLLM did not start on {checkpoint.name}: {_first_line(error)}"
+                ) from error
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Sets variables that vLLM and its processes read as they start."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _first_line(error: BaseException) -> str:
