@@ -100,7 +100,7 @@ def held_out_users(data: Interactions, part: str, target: str, history: int) -> 
     """Every row with the signal ``target`` is found from the ``history`` rows of its user before.
 
     Users whose feature ``part`` is ``test`` are the test; of the others, every tenth validates and
-    the rest is trained on. So a user's history is never trained on and tested.
+    the rest is trained on.
     """
     test_U = np.concatenate([[False], data.users.features[part] == "test"])
     others = np.flatnonzero(~test_U[1:]) + 1

@@ -161,6 +161,12 @@ RETRIEVAL: Mapping[str, RetrievalSettings] = {
             ),
         },
     ),
+    "amazon-industrial-sid": RetrievalSettings(
+        max_history=amazon.HISTORY,
+        truncate_step=1,
+        # The data has an order and no times.
+        relative_bias=False,
+    ),
 }
 
 RANKING: Mapping[str, RankingSettings] = {
