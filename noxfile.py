@@ -44,7 +44,7 @@ FOLDERS = {name: f"packages/{name}" for name in PACKAGES} | {
 }
 """Everything that is built, the example plugins among it."""
 SOURCES = ("packages", "examples", "tests", "scripts", "benchmarks", "noxfile.py")
-NOT_NATIVE = ("benchmark", "build", "cache", "cache_file")
+NOT_NATIVE = ("benchmark", "build", "cache", "cache_file", "paged_triton")
 """Tests of gr-kernels that are not of its code in C++."""
 # Optimized a little: more takes minutes to compile, less to run.
 SANITIZERS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"

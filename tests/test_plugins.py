@@ -19,7 +19,9 @@ def test_the_example_is_found_and_sound(run, with_popularity: Mapping[str, str])
     listed = json.loads(run("gr", "plugins", "list", "--json", env=with_popularity).stdout)
     plugins = {plugin["name"]: plugin for plugin in listed}
     assert set(plugins) >= {"core", "hstu", "grpc", "popularity"}
-    assert {plugin["status"] for plugin in plugins.values()} == {"ok"}
+    # What is for a GPU, or for vLLM, is not everywhere.
+    assert {plugin["status"] for plugin in plugins.values()} <= {"ok", "partial"}
+    assert plugins["popularity"]["status"] == "ok"
     popularity = plugins["popularity"]
     assert (popularity["distribution"], popularity["version"]) == ("gr-popularity", "0.1.0")
     assert popularity["offers"] == ["command popularity", "engine popularity", "model popularity"]
