@@ -38,7 +38,7 @@ from gr_vllm.quantization import PROJECTIONS, Quantization, quantize
 logger = logging.getLogger(__name__)
 
 ENGINE_OPTIONS = frozenset(field.name for field in fields(VllmOptions))
-"""See `gr_vllm.export.options.EXPORT_OPTIONS`."""
+"""A chain and its engine get the same options; each refuses only what neither knows."""
 _QUANTIZED = tuple(f".{name}.weight" for name in PROJECTIONS)
 
 

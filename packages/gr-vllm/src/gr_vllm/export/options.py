@@ -67,10 +67,6 @@ class ExportSettings:
         return cast("Dtype", dtype), quantization
 
 
-EXPORT_OPTIONS = frozenset(field.name for field in fields(ExportSettings))
-"""A chain and its engine get the same options; each refuses only what neither knows."""
-
-
 def check_widths(checkpoint: Checkpoint) -> None:
     """Whether vLLM has a kernel for the projections. Raises `PlanError`."""
     if checkpoint.quantization not in FOUR_BITS:
