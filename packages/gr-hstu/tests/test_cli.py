@@ -16,6 +16,7 @@ pytest.importorskip("sklearn", reason="needs gr-hstu[train]")
 
 from gr_core.errors import UserError
 from gr_core.json_requests import read_requests
+from gr_core.labelled import cases, labelled_requests, quality
 from gr_core.repository import Bundle
 from gr_core.types import RecommendRequest, Task
 from gr_hstu.cli import hstu
@@ -126,10 +127,10 @@ def test_train_generation_and_evaluate_its_bundle(folder: Path, tmp_path: Path) 
     data = load(str(folder))
     changes = {"d_model": 16, "max_history": 16, "truncate_step": 4, "dropout": 0.1}
     task = GenerationTask(data, _replaced(generation_settings(data), **changes))
-    cases = task.split.test.take(np.arange(3))
-    expected = task.scorer(model.module(Task.GENERATE)).score(data, cases)
+    some = task.split.test.take(np.arange(3))
+    expected = task.scorer(model.module(Task.GENERATE)).score(data, some)
     engine = engine_of(model)
-    for start, end, right in zip(cases.start_C, cases.end_C, expected, strict=True):
+    for start, end, right in zip(some.start_C, some.end_C, expected, strict=True):
         request = RecommendRequest(task.encoder.history(int(start), int(end)), request_time_ms=0)
         encoded = model.encode(request, Task.GENERATE).request
         (found,) = engine.infer([dataclasses.replace(encoded, k=25)])
@@ -139,6 +140,16 @@ def test_train_generation_and_evaluate_its_bundle(folder: Path, tmp_path: Path) 
     assert result.exit_code == 0, result.output
     (table,) = json.loads(result.output).values()
     assert set(table) >= {"HSTU, semantic ids", "popularity"}
+    result = gr("evaluation-set", "--model", str(out), "--data", str(folder), "--users", "9")
+    assert result.exit_code == 0, result.output
+    bundle = Bundle.open(out)
+    model = load_semantic_ids(bundle)
+    held_out = cases(model, Task.GENERATE, labelled_requests(model))
+    assert len(held_out) == 9
+    found = quality(Task.GENERATE, held_out, engine.infer([c.request for c in held_out]), ())
+    assert set(found) == {"ndcg@10", "hr@10"}
+    assert 0 <= found["ndcg@10"] <= found["hr@10"] <= 1
+
     again = gr("train", *common, "--out", str(tmp_path / "x" / "1"), "--sasrec")
     assert "it is for --task retrieval" in str(again.exception)
 

@@ -239,7 +239,8 @@ def evaluate(
     "--data",
     required=True,
     metavar="NAME|PATH",
-    help="The data that it was trained on: ml-100k, kuairand-pure, or a folder.",
+    help="The data that it was trained on: ml-100k, kuairand-pure, amazon-industrial-sid, or a "
+    "folder.",
 )
 @click.option(
     "--data-dir",
@@ -280,7 +281,6 @@ def evaluation_set(
     mind the data's licence.
     """
     from gr_core.repository import Bundle
-    from gr_core.types import Task
     from gr_hstu.training import evaluation_sets
 
     opened = Bundle.open(bundle)
@@ -293,7 +293,7 @@ def evaluation_set(
         for name, value in options["heads"].items():
             written += ["--head", f"{name}={value}"]
         written += ["--users", str(options["users"]), "--seed", str(options["seed"])]
-        if Task.RETRIEVE not in opened.tasks:
+        if not evaluation_sets.finds_items(opened):
             written += ["--min-candidates", str(options["min_candidates"])]
         written += ["--model", f"{opened.name}/{opened.version}"]
         evaluation_sets.add_to_bundle(opened, text, words, shlex.join(written))

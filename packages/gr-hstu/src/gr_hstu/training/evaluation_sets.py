@@ -15,7 +15,6 @@ import numpy as np
 from gr_core.labelled import EVALUATION
 from gr_core.repository import Bundle, Catalogue, with_files
 from gr_core.repository.bundle import CARD
-from gr_core.types import Task
 from gr_hstu.data.interactions import Interactions
 from gr_hstu.evaluation.protocols import Cases
 from gr_hstu.features import FeatureSchema
@@ -37,13 +36,14 @@ def evaluation_set(
 ) -> tuple[str, str]:
     """JSON lines of up to ``users`` random users of the test period, and what they are, in words.
 
-    For retrieval one random case a user. For ranking all impressions of a user in one context of
-    which there are at least ``min_candidates``, since a list of one or two says nothing of order.
+    Where items are to be found, one random case a user. For ranking all impressions of a user in
+    one context of which there are at least ``min_candidates``, since a list of one or two says
+    nothing of order.
     Raises ValueError for a bundle that is not of this dataset.
     """
     rows = _Rows(bundle, data)
     rng = np.random.default_rng(seed)
-    if Task.RETRIEVE in bundle.tasks:
+    if finds_items(bundle):
         requests, words = _retrieval(rows, users, rng)
     else:
         requests, words = _ranking(rows, users, min_candidates, heads, rng)
@@ -51,6 +51,11 @@ def evaluation_set(
         raise ValueError(f"{data.name}: the test period has no such case; lower --min-candidates")
     text = "".join(json.dumps(r, separators=(",", ":")) + "\n" for r in requests)
     return text, words
+
+
+def finds_items(bundle: Bundle) -> bool:
+    """Whether the model finds items, and does not only rank them."""
+    return any(task.finds_items for task in bundle.tasks)
 
 
 def add_to_bundle(bundle: Bundle, text: str, words: str, command: str) -> Bundle:
