@@ -12,6 +12,7 @@ from gr_core.parity import TOLERANCE
 from .conftest import Start
 from .in_process import (
     BLOCK,
+    InProcess,
     encoded,
     reference,
     task_of,
@@ -93,3 +94,43 @@ def test_bfloat16(kind: str, start: Start, tmp_path: Path):
         error = worst_error(requests, answers, right)
         assert 1e-4 < error < TOLERANCE["bfloat16"], task_of(model)
     assert answers[-1].cached
+
+
+@pytest.mark.parametrize("kind", ["research", "ranking", "mtgr"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_without_compiled_kernels(
+    kind: str, dtype: str, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Attention in torch: the same, slower."""
+    from gr_vllm.worker import kernels
+
+    monkeypatch.setenv("GR_DISABLED_PLUGINS", "kernels")
+    kernels._choose.cache_clear()
+    model = write_model(tmp_path, kind)
+    vllm = start(model, dtype)
+    kernels._choose.cache_clear()
+    assert _kernel(vllm) == "gr_vllm.worker.torch_attention"
+    requests = [encoded(model, seed, length) for seed, length in enumerate(LENGTHS)]
+    right = reference(model, requests)
+    for _ in ("cold", "warm"):
+        assert worst_error(requests, vllm.infer(requests), right) < TOLERANCE[dtype]
+
+
+def test_compiled_kernels_run_where_they_are(start: Start, tmp_path: Path):
+    pytest.importorskip("gr_kernels", reason="gr-kernels is not installed")
+    from gr_kernels.native import probe
+
+    usable, why = probe("float32")
+    if not usable:
+        pytest.skip(why)
+    assert _kernel(start(write_model(tmp_path, "research"))).startswith("gr_kernels.")
+
+
+def _kernel(vllm: InProcess) -> str:
+    """The module of the attention's implementation."""
+    (found,) = vllm.llm.apply_model(_kernel_of)
+    return str(found)
+
+
+def _kernel_of(model: Any) -> str:
+    return type(model.stack.layers[0].attn._kernel).__module__

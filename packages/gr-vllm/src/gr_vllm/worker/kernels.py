@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from gr_core.plugins.descriptors import KernelDescriptor
 from gr_core.plugins.host import PluginHost
 from gr_core.plugins.registry import Registry
 from gr_vllm.worker.torch_attention import TorchPagedAttention
@@ -54,24 +55,47 @@ class PagedAttention(Protocol):
 def paged_attention(
     heads: int, d_qk: int, d_v: int, dtype: torch.dtype, alpha: float, divisor: float, device: str
 ) -> PagedAttention:
-    """The implementation of highest priority for a device and dtype; said once with its reason."""
-    make = _choose(str(dtype).removeprefix("torch."), device)
+    """The implementation of highest priority for a kind of layer; said once with its reason."""
+    make = _choose(heads, d_qk, d_v, dtype, alpha, divisor, device)
     kernel: PagedAttention = make(heads, d_qk, d_v, dtype, alpha, divisor)
     return kernel
 
 
 @functools.cache
-def _choose(dtype: str, device: str) -> Callable[..., Any]:
+def _choose(
+    heads: int, d_qk: int, d_v: int, dtype: torch.dtype, alpha: float, divisor: float, device: str
+) -> Callable[..., Any]:
     registry: Registry = PluginHost.discover().registry
+    name, make = best(
+        registry.kernels.values(), dtype, device, (heads, d_qk, d_v, dtype, alpha, divisor)
+    )
+    logger.info("op %s in %s on %s: %s", OP, dtype, device, name)
+    return make
+
+
+def best(
+    kernels: Iterable[KernelDescriptor], dtype: torch.dtype, device: str, layer: tuple[Any, ...]
+) -> tuple[str, Callable[..., Any]]:
+    """Name and factory of the first by priority that this machine can run and that takes a layer.
+
+    ``layer`` are the arguments of its factory, which raises `ValueError` for what it cannot do.
+    """
     fitting = [
         kernel
-        for kernel in registry.kernels.values()
-        if kernel.op == OP and kernel.device == device and dtype in kernel.dtypes
+        for kernel in kernels
+        if kernel.op == OP
+        and kernel.device == device
+        and str(dtype).removeprefix("torch.") in kernel.dtypes
     ]
-    if not fitting:
-        logger.info("op %s in %s on %s: torch, no kernel is installed", OP, dtype, device)
-        return TorchPagedAttention
-    best = max(fitting, key=lambda kernel: kernel.priority)
-    logger.info("op %s in %s on %s: %s", OP, dtype, device, best.name)
-    make: Callable[..., Any] = best.resolve()
-    return make
+    for kernel in sorted(fitting, key=lambda kernel: -kernel.priority):
+        usable, why = (True, "") if kernel.probe is None else kernel.probe()
+        if usable:
+            make: Callable[..., Any] = kernel.resolve()
+            try:
+                make(*layer)
+            except ValueError as error:
+                usable, why = False, str(error)
+        if usable:
+            return kernel.name, make
+        logger.info("op %s: not %s: %s", OP, kernel.name, why)
+    return "torch, gathering K and V", TorchPagedAttention
