@@ -96,8 +96,10 @@ def test_bfloat16(kind: str, start: Start, tmp_path: Path):
     assert answers[-1].cached
 
 
-@pytest.mark.parametrize("kind", ["research", "ranking", "mtgr"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("research", "float32"), ("ranking", "float32"), ("mtgr", "float32"), ("ranking", "bfloat16")],
+)
 def test_without_compiled_kernels(
     kind: str, dtype: str, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

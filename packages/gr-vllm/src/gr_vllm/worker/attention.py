@@ -146,9 +146,8 @@ class HSTUAttention(nn.Module, AttentionLayerBase):  # type: ignore[misc]
         self, q_TF: Tensor, k_TF: Tensor, v_TF: Tensor, step: Step, bias: Tensor | None
     ) -> Tensor:
         """(T, H·V); zeros while vLLM sizes its memory, and for rows that only fill up a pass."""
-        a_TF = v_TF.new_zeros(v_TF.shape)
         if step.pages is None or self._pages is None:
-            return a_TF
+            return torch.zeros_like(v_TF)
         pages = step.pages
         tokens = len(pages.slots_T)
         q_THK, k_THK, v_THV = (
@@ -168,7 +167,4 @@ class HSTUAttention(nn.Module, AttentionLayerBase):  # type: ignore[misc]
             step.high_T[:tokens],
             bias,
         )
-        if tokens == len(a_TF):
-            return a_THV.flatten(1)
-        a_TF[:tokens] = a_THV.flatten(1)
-        return a_TF
+        return nn.functional.pad(a_THV.flatten(1), (0, 0, 0, len(v_TF) - tokens))

@@ -20,12 +20,20 @@ _LOG_BUCKET_WIDTH = 0.301
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Which rows of the tables each pair reads; the same in all layers."""
+    """Which rows of the tables each pair reads; the same in all layers.
+
+    There are millions of pairs, and fresh memory costs as much as what is written to it. So all
+    layers, which run one after another, write to the same.
+    """
 
     place_M: Tensor | None
-    """Row of the table of positions."""
+    """int32 row of the table of positions."""
     bucket_M: Tensor | None
-    """Row of the table of times."""
+    """int32 row of the table of times."""
+    bias_M: Tensor
+    """float32, for the answer of `RelativeBias`."""
+    part_M: Tensor
+    """float32, for what is added to it."""
 
 
 def pairs_of(
@@ -46,9 +54,13 @@ def pairs_of(
             assert next_times_T is not None
             following = next_times_T[ends[b] : ends[b + 1], None]
             buckets.append(_buckets(following - times[b], time_buckets).flatten())
-    return Pairs(
-        torch.cat(places) if positions else None, torch.cat(buckets) if time_buckets else None
-    )
+    place_M = torch.cat(places) if positions else None
+    bucket_M = torch.cat(buckets) if time_buckets else None
+    rows_M = bucket_M if place_M is None else place_M
+    assert rows_M is not None
+    both = place_M is not None and bucket_M is not None
+    bias_M = torch.empty(rows_M.shape, dtype=torch.float32, device=rows_M.device)
+    return Pairs(place_M, bucket_M, bias_M, torch.empty_like(bias_M) if both else bias_M)
 
 
 def _places(queries: int, keys: int, positions: int, device: torch.device) -> Tensor:
@@ -73,13 +85,17 @@ class RelativeBias(nn.Module):
         self.time = _table(time_buckets) if time_buckets else None
 
     def forward(self, pairs: Pairs) -> Tensor:
-        """(M,) float32."""
-        parts = [
-            table.float()[rows_M]
-            for table, rows_M in ((self.position, pairs.place_M), (self.time, pairs.bucket_M))
-            if table is not None and rows_M is not None
-        ]
-        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        """(M,) float32, to be used before the next layer's is asked for."""
+        found: Tensor | None = None
+        for table, rows_M in ((self.position, pairs.place_M), (self.time, pairs.bucket_M)):
+            if table is None or rows_M is None:
+                continue
+            if found is None:
+                found = torch.index_select(table.float(), 0, rows_M, out=pairs.bias_M)
+            else:
+                found += torch.index_select(table.float(), 0, rows_M, out=pairs.part_M)
+        assert found is not None
+        return found
 
 
 def _table(rows: int) -> nn.Parameter:

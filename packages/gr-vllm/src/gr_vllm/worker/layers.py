@@ -78,7 +78,7 @@ class HSTULayer(nn.Module):
     def _activated(self, uvqk: Tensor) -> tuple[Tensor, ...]:
         silu = self._config.projection_silu
         if silu == "all":
-            return F.silu(uvqk).split_with_sizes(self._widths, dim=1)
+            return F.silu(uvqk, inplace=True).split_with_sizes(self._widths, dim=1)
         u_TF, *others = uvqk.split_with_sizes(self._widths, dim=1)
         return (F.silu(u_TF) if silu == "u" else u_TF, *others)
 
