@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from gr_core import History, RecommendRequest, Task
+from gr_core.collate import collate
 from gr_core.contracts import Artifact, EncodedRequest, ExportOptions, InferenceResult
 from gr_core.parity import retrieval_error, score_error
 from gr_core.types import FloatArray, IntArray
@@ -94,6 +95,16 @@ def reference(model: Model, requests: Sequence[EncodedRequest]) -> list[Inferenc
     everything = len(model.catalogue)
     alone = [dataclasses.replace(request, k=everything) for request in requests]
     return [engine.infer([request])[0] for request in alone]
+
+
+def log_probs(model: SemanticIdModel, request: EncodedRequest, tokens: list[int]) -> torch.Tensor:
+    """Of all tokens of the level after ``tokens``, computed from scratch."""
+    arrays = collate(model.inputs(request.task), [request])
+    inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    found: torch.Tensor = model.module(request.task)(
+        **inputs, prefixes=torch.tensor([tokens], dtype=torch.int64)
+    )
+    return found[0]
 
 
 # ── vLLM ──────────────────────────────────────────────────────────────────────────────────────

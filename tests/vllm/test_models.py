@@ -15,7 +15,6 @@ from .in_process import (
     InProcess,
     encoded,
     reference,
-    task_of,
     worst_error,
     write_model,
 )
@@ -83,16 +82,19 @@ def test_ranking(variant: str, start: Start, tmp_path: Path):
         assert answer.cached == model.sequence(request).history // BLOCK * BLOCK
 
 
-@pytest.mark.parametrize("kind", ["research", "ranking", "mtgr"])
-def test_bfloat16(kind: str, start: Start, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("research", "bfloat16"), ("ranking", "bfloat16"), ("mtgr", "bfloat16"), ("mtgr", "float16")],
+)
+def test_sixteen_bits(kind: str, dtype: str, start: Start, tmp_path: Path):
     model = write_model(tmp_path, kind)
-    vllm = start(model, "bfloat16")
+    vllm = start(model, dtype)
     requests = [encoded(model, seed, length) for seed, length in enumerate(LENGTHS)]
     right = reference(model, requests)
     for _ in ("cold", "warm"):
         answers = vllm.infer(requests)
         error = worst_error(requests, answers, right)
-        assert 1e-4 < error < TOLERANCE["bfloat16"], task_of(model)
+        assert 1e-4 < error < TOLERANCE[dtype]
     assert answers[-1].cached
 
 

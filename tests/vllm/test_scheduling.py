@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from gr_core import RecommendRequest
-from gr_core.collate import collate
 from gr_core.contracts import EncodedRequest
 from gr_core.parity import TOLERANCE
 from gr_hstu import testing
@@ -27,6 +26,7 @@ from .in_process import (
     InProcess,
     Model,
     encoded,
+    log_probs,
     reference,
     task_of,
     with_behaviour,
@@ -303,16 +303,6 @@ def test_settings_that_would_give_wrong_answers_are_refused(
 
 
 # ── Several steps ─────────────────────────────────────────────────────────────────────────────
-
-
-def log_probs(model: SemanticIdModel, request: EncodedRequest, tokens: list[int]) -> torch.Tensor:
-    """Of all tokens of the level after ``tokens``, computed from scratch."""
-    arrays = collate(model.inputs(request.task), [request])
-    inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    found: torch.Tensor = model.module(request.task)(
-        **inputs, prefixes=torch.tensor([tokens], dtype=torch.int64)
-    )
-    return found[0]
 
 
 def test_generation(start: Start, tmp_path: Path):

@@ -34,7 +34,7 @@ def main(folder: Path, work: Path) -> None:
         max_num_seqs=8,
         kv_cache_memory_bytes=16 << 20,
         enable_chunked_prefill=checkpoint.causal,
-        enable_prompt_embeds=True,
+        enable_prompt_embeds=checkpoint.tokens != "ids",
         tensor_parallel_size=2,
         distributed_executor_backend="mp",
         **({"runner": "pooling"} if ranks else own),
@@ -49,7 +49,7 @@ def main(folder: Path, work: Path) -> None:
 def retrieve(llm: Any, prompts: Any) -> list[Any]:
     from vllm import SamplingParams
 
-    parameters = SamplingParams(max_tokens=1, temperature=0, logprobs=50, detokenize=False)
+    parameters = SamplingParams(max_tokens=1, temperature=0, logprobs=-1, detokenize=False)
     outputs = llm.generate(prompts, parameters, use_tqdm=False)
     of_first = [output.outputs[0].logprobs[0] for output in outputs]
     return [
