@@ -147,7 +147,8 @@ def test_a_history_that_grows(kind: str, task: Task, pool: Pool) -> None:
     user = 100 + CASES.index((kind, task))  # whom the engine does not know yet
     whole = testing.a_request(seed=user, length=120, candidates=12)
     reused = []
-    for length in (40, 41, 75, 120):
+    tokens = 3 if kind == "sid" else 1  # of a behaviour
+    for length in (40 // tokens, 41 // tokens + 1, 75 // tokens, 120 // tokens):
         grown = replace(whole, history=_first(whole.history, length))
         requests = [encoded(engine.model, task, grown)]
         found = engine.infer(requests)
@@ -299,10 +300,11 @@ def test_four_times_what_the_pool_holds(kind: str, task: Task, pool: Pool) -> No
 
     found = engine.running.loop.run(everything())
     preempted = engine.count("num_preemptions") - preempted
-    assert waiting >= 64 or preempted > 0, f"{waiting} waited, {preempted} were preempted"
+    assert waiting > 0 or preempted > 0, f"{waiting} waited, {preempted} were preempted"
     check(requests, found, reference(engine.model, requests))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
 @pytest.mark.parametrize("kind", TASKS)
 def test_a_poisoned_request_fails_alone(kind: str, pool: Pool) -> None:
     engine = pool(kind)
@@ -319,8 +321,7 @@ def test_a_poisoned_request_fails_alone(kind: str, pool: Pool) -> None:
     if task is Task.RANK:
         poisons["an unknown candidate"] = _poisoned(long, "candidate_items", lambda i: i + 10_000)
     for name, poison in poisons.items():
-        with np.errstate(invalid="ignore"):
-            *others, failed = engine.running.loop.run(_together(engine, [*good, poison]))
+        *others, failed = engine.running.loop.run(_together(engine, [*good, poison]))
         check(good, others, right)
         assert isinstance(failed, ValueError), f"{name}: {failed!r}"
         assert any(word in str(failed) for word in ("has the id", "no row for", "is item")), failed
@@ -360,13 +361,12 @@ def _poisoned(request: EncodedRequest, name: str, change: Any) -> EncodedRequest
 @pytest.mark.parametrize(("kind", "task"), [("research", Task.RETRIEVE), ("sid", Task.GENERATE)])
 def test_what_is_cancelled_is_aborted(kind: str, task: Task, pool: Pool) -> None:
     engine = pool(kind)
-    requests = some_requests(engine.model, task, range(90, 150))
+    requests = some_requests(engine.model, task, [LONGEST - i % 50 for i in range(128)])
     (last,) = some_requests(engine.model, task, (77,))
 
     async def cancelled() -> tuple[int, float]:
         tasks = [asyncio.ensure_future(engine.engine.infer(one, None)) for one in requests]
-        while not engine.count("num_requests_running"):
-            await asyncio.sleep(0)
+        await asyncio.sleep(0.02)
         for task in tasks:
             task.cancel()
         ended = await asyncio.gather(*tasks, return_exceptions=True)
@@ -375,7 +375,7 @@ def test_what_is_cancelled_is_aborted(kind: str, task: Task, pool: Pool) -> None
         return sum(isinstance(e, asyncio.CancelledError) for e in ended), time.monotonic() - started
 
     count, wall_s = engine.running.loop.run(cancelled())
-    assert count > 0
+    assert count > len(requests) // 4
     assert wall_s < 2
     end = time.monotonic() + 5
     while engine.count("num_requests_running") + engine.count("num_requests_waiting"):
@@ -393,7 +393,7 @@ def test_auto_takes_what_is_quicker_on_a_cpu(architecture: str, task: Task) -> N
     pytest.importorskip("gr_kernels", reason="gr-kernels is not installed")
     chosen = plan(installed(), architecture, task, device="cpu")
     assert chosen.engine.name == "native", chosen.summary()
-    (lost,) = [c for c in chosen.considered if c.engine.name == "vllm" and c.dtype == "float32"]
+    (lost,) = [c for c in chosen.considered if c.engine.name == "vllm" and c.device == "cpu"]
     assert lost.feasible
     assert "priority 5" in lost.verdict
 

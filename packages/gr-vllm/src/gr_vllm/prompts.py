@@ -33,17 +33,21 @@ class Prompts:
         self._kind = checkpoint.tokens
         self._layout = RowLayout.of(checkpoint)
         self._model = model
-        self._ids: Callable[[TokenSequence], npt.NDArray[np.int32]] | None = None
+        self._token_ids: Callable[[TokenSequence], npt.NDArray[np.int32]] | None = None
         if self._kind != "rows":
             assert isinstance(model, TokenModel)  # too slow a question for every request
-            self._ids = model.token_ids
+            self._token_ids = model.token_ids
+        self._table_rows = np.array(checkpoint.tables, np.int64)
         self._dtype: torch.dtype = getattr(torch, checkpoint.dtype)
 
     def prompt(self, request: EncodedRequest, sequence: TokenSequence) -> Prompt:
-        """For a sequence of at least one token."""
+        """For a sequence of at least one token.
+
+        Raises `ValueError` for ids that the model has no row for, which vLLM itself would not
+        notice.
+        """
         prompt: Prompt
         if self._kind == "ids":
-            assert self._ids is not None
             ids = self._ids(sequence)[:, 0].tolist()
             prompt = {"type": "token", "prompt_token_ids": ids}
         elif self._kind == "columns":
@@ -54,8 +58,19 @@ class Prompts:
             prompt["cache_salt"] = sequence.salt.hex()
         return prompt
 
+    def _ids(self, sequence: TokenSequence) -> npt.NDArray[np.int32]:
+        assert self._token_ids is not None
+        ids_NW = self._token_ids(sequence)
+        wrong_NW = (ids_NW < 0) | (ids_NW >= self._table_rows)
+        if wrong_NW.any():
+            token, table = np.argwhere(wrong_NW)[0].tolist()
+            raise ValueError(
+                f"token {token} of the history has the id {ids_NW[token, table]} in table {table}, "
+                f"expected 0 to {self._table_rows[table] - 1}"
+            )
+        return ids_NW
+
     def _columns(self, sequence: TokenSequence) -> Tensor:
-        assert self._ids is not None
         words_NA = np.empty((sequence.history, self._layout.words), np.int32)
         words_NA[:, self._layout.ids] = self._ids(sequence)
         self._put_times(words_NA, sequence)

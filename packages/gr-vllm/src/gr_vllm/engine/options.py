@@ -119,7 +119,7 @@ class Sizes:
         kv_cache_bytes = options.kv_cache_bytes or (_GIB if device == "cpu" else 0)
         # One prompt at least, and the page that vLLM keeps for itself.
         pages = -(-max_model_len // PAGE_TOKENS) + 1
-        least = pages * checkpoint.layers.num_layers * _page_bytes(checkpoint, ranks, device)
+        least = pages * checkpoint.layers.num_layers * page_bytes(checkpoint, ranks, device)
         if 0 < kv_cache_bytes < least:
             raise PlanError(
                 f"{_WHO}: option kv_cache_bytes is {options.kv_cache_bytes}"
@@ -131,7 +131,7 @@ class Sizes:
         )
 
 
-def _page_bytes(checkpoint: Checkpoint, ranks: int, device: str) -> int:
+def page_bytes(checkpoint: Checkpoint, ranks: int, device: str) -> int:
     """K and V, and times, of a page of one layer and rank; see `HSTUAttention`."""
     layers, heads = checkpoint.layers, checkpoint.layers.num_heads // ranks
     dtype: torch.dtype = getattr(torch, checkpoint.dtype)
