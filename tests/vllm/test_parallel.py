@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -93,8 +92,7 @@ def _run(model: Model, folder: Path, requests: Sequence[EncodedRequest], work: P
     candidates = [sequence.candidates for sequence in sequences]
     (work / "candidates.json").write_text(json.dumps(candidates))
     command = [sys.executable, str(PROGRAM), str(folder), str(work)]
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr[-4000:]
     found: list[Any] = json.loads((work / "found.json").read_text())
     return found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,53 @@ def test_ids_that_are_none_harm_nobody(models: Callable[[str], Model], start: St
     assert hits(vllm, encoded(model, 4, 40)) == 0
 
 
+def test_tokens_that_are_none_harm_nobody(start: Start, tmp_path: Path):
+    """Ids beyond the vocabulary are refused before they reach the model, or read as others."""
+    from vllm import SamplingParams
+
+    model = write_model(tmp_path, testing.SID)
+    vllm = start(model)
+    good = vllm.prompt(encoded(model, 1, 20))
+    parameters = SamplingParams(max_tokens=1, temperature=0, logprobs=5, detokenize=False)
+    (right,) = vllm.llm.generate(good, parameters, use_tqdm=False)
+    for wrong in ([10**6], [2**31 - 1, 3], [vllm.checkpoint.vocabulary]):
+        poisoned = {"prompt_token_ids": wrong}
+        with suppress(ValueError):
+            vllm.llm.generate([poisoned, good], parameters, use_tqdm=False)
+        (again,) = vllm.llm.generate(good, parameters, use_tqdm=False)
+        assert again.outputs[0].token_ids == right.outputs[0].token_ids
+
+
+def test_rows_that_are_no_numbers_harm_nobody(models: Callable[[str], Model], start: Start):
+    """Not those of the same batch, nor those that get their blocks next."""
+    from vllm import PoolingParams
+
+    from gr_vllm.worker.pooling import CANDIDATES, TASK
+
+    model = models("ranking")
+    vllm = start(model, num_gpu_blocks_override=13, max_model_len=256)
+    requests = [encoded(model, seed, 20 + 9 * seed, candidates=10) for seed in range(6)]
+    right = reference(model, requests)
+    prompt = vllm.prompt(requests[0])
+    poisoned = {**prompt, "prompt_embeds": torch.full_like(prompt["prompt_embeds"], torch.nan)}
+    # Their intervals stay, as only the front end makes these.
+    width = model.stack(task_of(model)).d_model
+    poisoned["prompt_embeds"][:, width:] = prompt["prompt_embeds"][:, width:]
+    parameters = PoolingParams(
+        task=TASK, skip_reading_prefix_cache=False, extra_kwargs={CANDIDATES: 10}
+    )
+    for _ in range(2):
+        outputs = vllm.llm.encode(
+            [poisoned, vllm.prompt(requests[1]), poisoned],
+            pooling_params=parameters,
+            pooling_task=TASK,
+            use_tqdm=False,
+        )
+        (scores,) = model.outputs(task_of(model), requests[1:2], outputs[1].outputs.data)
+        np.testing.assert_allclose(scores.numpy(), right[1].scores, atol=1e-4)
+        assert worst_error(requests, vllm.infer(requests), right) < FLOAT32
+
+
 # ── With little room ──────────────────────────────────────────────────────────────────────────
 
 
@@ -273,6 +321,23 @@ def test_preemption(kind: str, models: Callable[[str], Model], start: Start):
     assert worst_error(requests, answers, reference(model, requests)) < FLOAT32
     assert vllm.count("num_preemptions") > before["num_preemptions"]
     assert vllm.count("prefix_cache_hits") > before["prefix_cache_hits"]
+
+
+@pytest.mark.parametrize("kind", ["research", "ranking", "mtgr"])
+def test_users_come_back_after_their_blocks_were_given_to_others(
+    kind: str, models: Callable[[str], Model], start: Start
+):
+    """Histories of any length of a few users, in any order, in a pool for two of them."""
+    model = models(kind)
+    vllm = start(model, num_gpu_blocks_override=13, max_model_len=256, max_num_batched_tokens=256)
+    before = {name: vllm.count(name) for name in ("prefix_cache_hits", "prefix_cache_queries")}
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        lengths = random.integers(1, 141, 4)
+        requests = [encoded(model, int(random.integers(4)), 140, first=int(n)) for n in lengths]
+        assert worst_error(requests, vllm.infer(requests), reference(model, requests)) < FLOAT32
+    found = {name: vllm.count(name) - count for name, count in before.items()}
+    assert 0 < found["prefix_cache_hits"] < 0.9 * found["prefix_cache_queries"]
 
 
 @pytest.mark.parametrize("kind", ["mtgr", "contextual"])
