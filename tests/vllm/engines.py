@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from gr_core import RecommendRequest, Task
 from gr_core.contracts import AsyncEngine, EncodedRequest, InferenceResult, MeasuredEngine
@@ -25,6 +26,7 @@ from gr_core.planner import Plan, plan
 from gr_core.plugins.registry import Registry
 from gr_core.testing.suite import installed
 from gr_hstu import testing
+from gr_vllm.worker.kernels import PAGE_TOKENS, paged_attention
 
 from .in_process import LONGEST, Model, write_model
 
@@ -35,9 +37,13 @@ TASKS: Mapping[str, Sequence[Task]] = {
     "sid": (Task.GENERATE,),
 }
 MAX_CANDIDATES = 16
+_ROW_BYTES = 2 * PAGE_TOKENS * 4
+_KERNEL = paged_attention(2, 4, 6, torch.float32, 1.0, 1.0, "cpu")
+PAGE_BYTES = 2 * -(-(_KERNEL.page_bytes + PAGE_TOKENS * 4) // _ROW_BYTES) * _ROW_BYTES
+"""K, V and times of a page of both layers of these models."""
 OPTIONS: Mapping[str, Any] = {
     # About 64 of the longest histories.
-    "kv_cache_bytes": 320 * 2 * 2816,
+    "kv_cache_bytes": 320 * PAGE_BYTES,
     "max_candidates": MAX_CANDIDATES,
 }
 LENGTHS = (0, 1, 2, 31, 32, 33, 64, 90, LONGEST, 2 * LONGEST)

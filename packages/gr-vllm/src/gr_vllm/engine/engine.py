@@ -97,7 +97,7 @@ class VllmEngine:
     def _submit(self, request: EncodedRequest) -> concurrent.futures.Future[InferenceResult]:
         process, translate = self._process, self._answers
         if process is None or translate is None:
-            raise Unavailable("engine vllm is closed")
+            raise Unavailable(self.health().reason or "engine vllm is closed")
         return process.submit(lambda llm: translate.answer(llm, request))
 
     async def infer(self, request: EncodedRequest, deadline: float | None) -> InferenceResult:
@@ -122,6 +122,5 @@ class VllmEngine:
     def close(self) -> None:
         if self._process is not None:
             self._process.close()
-        self._process = None
         self._answers = None
         self._model = None
