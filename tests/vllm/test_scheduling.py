@@ -17,7 +17,7 @@ import torch
 
 from gr_core import RecommendRequest
 from gr_core.contracts import EncodedRequest
-from gr_core.parity import TOLERANCE
+from gr_core.parity import TOLERANCE, score_error
 from gr_hstu import testing
 from gr_hstu.semantic_ids import SemanticIdModel
 
@@ -214,28 +214,32 @@ def test_batch_mates_change_nothing(roomy: InProcess):
         np.testing.assert_allclose(one.result.scores, other.result.scores, rtol=0, atol=1e-4)
 
 
-def test_ids_that_are_none_harm_nobody(models: Callable[[str], Model], start: Start):
-    """In a prompt that did not come from a request; others of its batch are answered as always."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ids_that_are_none_harm_nobody(dtype: str, models: Callable[[str], Model], start: Start):
+    """In prompts that did not come from a request; others of the batch are answered as always."""
     from vllm import SamplingParams
 
     from gr_vllm.rows import RowLayout
 
     model = models("research")
-    vllm = start(model)
+    vllm = start(model, dtype)
     layout = RowLayout.of(vllm.checkpoint)
     words = torch.full((40, layout.words), 2**31 - 1, dtype=torch.int32)
     words[20:] = -(2**31)
-    poisoned = {"prompt_embeds": layout.join(None, words, torch.float32)}
-    request = encoded(model, 3, 40)
+    poisoned = {"prompt_embeds": layout.join(None, words, getattr(torch, dtype))}
+    request = encoded(model, 3, 40, k=len(model.catalogue))
     outputs = vllm.llm.generate(
-        [poisoned, vllm.prompt(request), poisoned],
-        SamplingParams(max_tokens=1, temperature=0, logprobs=50, detokenize=False),
+        [poisoned, vllm.prompt(request), {"prompt_token_ids": [0] * 40}, poisoned],
+        SamplingParams(max_tokens=1, temperature=0, logprobs=request.k, detokenize=False),
         use_tqdm=False,
     )
-    best = reference(model, [request])[0]
-    assert best.indices is not None
-    assert outputs[1].outputs[0].token_ids[0] == best.indices[0]
-    assert hits(vllm, encoded(model, 4, 40)) == 0
+    found = outputs[1].outputs[0].logprobs[0]
+    (right,) = reference(model, [request])
+    assert right.indices is not None
+    scores = np.array([found[int(item)].logprob for item in right.indices], np.float32)
+    assert score_error(scores, right.scores) < TOLERANCE[dtype]
+    (again,) = vllm.infer([request])
+    assert worst_error([request], [again], [right]) < TOLERANCE[dtype]
 
 
 def test_tokens_that_are_none_harm_nobody(start: Start, tmp_path: Path):

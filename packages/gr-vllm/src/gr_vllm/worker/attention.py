@@ -167,4 +167,6 @@ class HSTUAttention(nn.Module, AttentionLayerBase):  # type: ignore[misc]
             step.high_T[:tokens],
             bias,
         )
-        return nn.functional.pad(a_THV.flatten(1), (0, 0, 0, len(v_TF) - tokens))
+        a_TF = a_THV.flatten(1)
+        filling = len(v_TF) - tokens
+        return nn.functional.pad(a_TF, (0, 0, 0, filling)) if filling else a_TF

@@ -41,8 +41,7 @@ class _GrHSTU(nn.Module):
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Rows for prompts that mix ids and embeddings, and for vLLM's trial runs: zeros."""
-        reference = next(self.parameters())
-        return reference.new_zeros(len(input_ids), self.tokens.row_width)
+        return self.tokens.empty_rows(len(input_ids), input_ids.device)
 
     def forward(
         self,

@@ -23,6 +23,7 @@ class Tokens(nn.Module):
         self._layout = RowLayout.of(checkpoint)
         self._groups = checkpoint.layers.groups
         self._rows = checkpoint.tables
+        self._dtype: torch.dtype = getattr(torch, checkpoint.dtype)
         width = checkpoint.layers.d_model
         self.tables = nn.ModuleList(
             VocabParallelEmbedding(rows, width, prefix=f"{prefix}.tables.{i}")
@@ -30,9 +31,10 @@ class Tokens(nn.Module):
         )
         self.places = nn.Embedding(checkpoint.places, width) if checkpoint.places else None
 
-    @property
-    def row_width(self) -> int:
-        return self._layout.width(torch.get_default_dtype())
+    def empty_rows(self, count: int, device: torch.device) -> Tensor:
+        """Zeros (T, E)."""
+        width = self._layout.width(self._dtype)
+        return torch.zeros(count, width, dtype=self._dtype, device=device)
 
     def forward(
         self,
