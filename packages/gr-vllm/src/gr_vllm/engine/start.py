@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from gr_core.errors import PlanError
+from gr_vllm import front
 from gr_vllm.checkpoint import Checkpoint
 from gr_vllm.engine.options import Sizes, VllmOptions
-from gr_vllm.orphans import FRONT
 from gr_vllm.worker.kernels import PAGE_TOKENS
 
 _IMPORT = {"VLLM_CONFIGURE_LOGGING": "0"}
@@ -24,19 +25,28 @@ _QUIET = {
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    # The newer runner forgets what a pooling prompt has, once it is preempted.
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
     "VLLM_HOST_IP": "127.0.0.1",
     "PYTHONWARNINGS": "ignore::FutureWarning",
 }
 _IN_ITS_CORE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """The only worker shares its core's process, as it does on a GPU. On a CPU vLLM gives it one of its
 own, to set its threads, which are set here; each pass then takes a few milliseconds more."""
+_NAMES = {  # longer ones before their parts
+    "--kv-cache-memory-bytes, VLLM_CPU_KVCACHE_SPACE": "kv_cache_bytes",
+    "kv_cache_memory_bytes": "kv_cache_bytes",
+    "--kv-cache-memory-bytes": "kv_cache_bytes",
+    "--gpu-memory-utilization": "gpu_memory_utilization",
+    "--max-model-len": "max_model_len",
+}
 _starting = threading.Lock()
 """The environment is the whole process's: one vLLM starts at a time."""
 
 
 def variables(device: str, threads: int, ranks: int) -> Mapping[str, str]:
     """For vLLM's processes; what a user has set stays, but for what the configuration says."""
-    said = {FRONT: str(os.getpid())}
+    said: dict[str, str] = {}
     free = dict(_QUIET)
     if device == "cpu":
         free |= {
@@ -95,14 +105,18 @@ def start(
             arguments["kv_cache_memory_bytes"] = sizes.kv_cache_bytes
         else:
             arguments["gpu_memory_utilization"] = options.gpu_memory_utilization
-        with environment(variables(device, threads, options.tensor_parallel_size)):
-            try:
-                made = AsyncEngineArgs(**arguments)
-                return AsyncLLM.from_engine_args(made, stat_loggers=loggers)
-            except (ValueError, RuntimeError) as error:
-                raise PlanError(
-                    f"engine vllm: vLLM did not start on {checkpoint.name}: {_first_line(error)}"
-                ) from error
+        own = variables(device, threads, options.tensor_parallel_size)
+        with tempfile.TemporaryDirectory(prefix="gr-vllm-") as folder_of_cause:
+            cause = Path(folder_of_cause) / "cause"
+            with environment({**own, **front.variables(cause)}):
+                try:
+                    made = AsyncEngineArgs(**arguments)
+                    return AsyncLLM.from_engine_args(made, stat_loggers=loggers)
+                except (ValueError, RuntimeError, TimeoutError) as error:
+                    raise PlanError(
+                        f"engine vllm: vLLM did not start on {checkpoint.name}: "
+                        f"{_in_our_words(front.read(cause) or str(error))}"
+                    ) from error
 
 
 @contextmanager
@@ -120,6 +134,9 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _in_our_words(message: str) -> str:
+    """One line, with the names that options have here."""
+    for theirs, ours in _NAMES.items():
+        message = message.replace(theirs, ours)
+    lines = message.strip().splitlines()
+    return lines[0] if lines else "it gave no reason"
