@@ -178,7 +178,10 @@ def test_a_killed_worker_of_two(model: Model, caplog: pytest.LogCaptureFixture) 
         ({"kv_cache_bytes": LEAST_BYTES - 1}, f"kv_cache_bytes is .* at least {LEAST_BYTES}"),
         ({"max_num_seq": 1}, "no option 'max_num_seq'; there are: .*max_num_seqs"),
         # Nobody can know this before vLLM asks for it.
-        ({"kv_cache_bytes": 1 << 50}, "vLLM did not start on research"),
+        (
+            {"kv_cache_bytes": 1 << 50},
+            "did not start on research: Available memory .* Decrease kv_cache_bytes",
+        ),
     ],
 )
 def test_options_that_cannot_be_had(extra: Mapping[str, Any], message: str, model: Model) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from gr_vllm import front
 from gr_vllm.checkpoint import ARCHITECTURES, MODEL_TYPE
-from gr_vllm.orphans import follow_front
 
 
 def register() -> None:
@@ -11,7 +11,7 @@ def register() -> None:
 
     Classes are given by name, so nothing heavy is imported in processes that do not need it.
     """
-    follow_front()
+    front.attend()
     from transformers import AutoConfig
     from vllm import ModelRegistry
 
