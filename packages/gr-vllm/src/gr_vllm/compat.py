@@ -55,9 +55,10 @@ def usable() -> tuple[bool, str]:
 
 
 def fits(device: str) -> tuple[bool, str]:
-    """Whether the installed build, which is usable, is one for a device."""
+    """Whether the installed build, which is usable, is one for a device, e.g. ``cuda:1``."""
     found = installed()
     assert found is not None
+    device = device.partition(":")[0]
     if found.device == device:
         return True, f"{found} is built for {device}"
     return False, (

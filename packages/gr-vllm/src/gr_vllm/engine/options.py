@@ -135,8 +135,9 @@ def page_bytes(checkpoint: Checkpoint, ranks: int, device: str) -> int:
     """K and V, and times, of a page of one layer and rank; see `HSTUAttention`."""
     layers, heads = checkpoint.layers, checkpoint.layers.num_heads // ranks
     dtype: torch.dtype = getattr(torch, checkpoint.dtype)
+    kind = device.partition(":")[0]
     kernel = paged_attention(
-        heads, layers.d_qk, layers.d_v, dtype, layers.alpha, layers.divisor, device
+        heads, layers.d_qk, layers.d_v, dtype, layers.alpha, layers.divisor, kind
     )
     needed = kernel.page_bytes + (PAGE_TOKENS * _TIME_BYTES if layers.time_buckets else 0)
     row = heads * PAGE_TOKENS * dtype.itemsize

@@ -61,6 +61,42 @@ def variables(device: str, threads: int, ranks: int) -> Mapping[str, str]:
     return {name: value for name, value in free.items() if name not in os.environ} | said
 
 
+def arguments(
+    folder: Path, checkpoint: Checkpoint, options: VllmOptions, sizes: Sizes, device: str
+) -> dict[str, Any]:
+    """Of vLLM's ``AsyncEngineArgs``."""
+    found: dict[str, Any] = {
+        "model": str(folder),
+        "runner": "pooling" if checkpoint.role == "ranking" else "generate",
+        "dtype": checkpoint.dtype,
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "block_size": PAGE_TOKENS,
+        "max_model_len": sizes.max_model_len,
+        "max_num_batched_tokens": sizes.max_num_batched_tokens,
+        "max_num_seqs": options.max_num_seqs,
+        "enable_chunked_prefill": sizes.chunked,
+        "enable_prefix_caching": options.prefix_caching,
+        "enable_prompt_embeds": checkpoint.tokens != "ids",
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "seed": 0,
+    }
+    if device == "cpu" and options.tensor_parallel_size == 1:
+        found["distributed_executor_backend"] = _IN_ITS_CORE
+    _, numbered, first = device.partition(":")
+    if numbered:
+        found["device_ids"] = [int(first) + i for i in range(options.tensor_parallel_size)]
+    if checkpoint.role != "ranking":
+        found |= {"max_logprobs": -1, "logprobs_mode": "processed_logits"}
+    if sizes.kv_cache_bytes:
+        found["kv_cache_memory_bytes"] = sizes.kv_cache_bytes
+    else:
+        found["gpu_memory_utilization"] = options.gpu_memory_utilization
+    return found
+
+
 def start(
     folder: Path,
     checkpoint: Checkpoint,
@@ -79,38 +115,12 @@ def start(
             from gr_vllm.worker.registration import register
 
             register()
-        arguments: dict[str, Any] = {
-            "model": str(folder),
-            "runner": "pooling" if checkpoint.role == "ranking" else "generate",
-            "dtype": checkpoint.dtype,
-            "skip_tokenizer_init": True,
-            "enforce_eager": True,
-            "block_size": PAGE_TOKENS,
-            "max_model_len": sizes.max_model_len,
-            "max_num_batched_tokens": sizes.max_num_batched_tokens,
-            "max_num_seqs": options.max_num_seqs,
-            "enable_chunked_prefill": sizes.chunked,
-            "enable_prefix_caching": options.prefix_caching,
-            "enable_prompt_embeds": checkpoint.tokens != "ids",
-            "tensor_parallel_size": options.tensor_parallel_size,
-            "disable_log_stats": True,
-            "use_tqdm_on_load": False,
-            "seed": 0,
-        }
-        if device == "cpu" and options.tensor_parallel_size == 1:
-            arguments["distributed_executor_backend"] = _IN_ITS_CORE
-        if checkpoint.role != "ranking":
-            arguments |= {"max_logprobs": -1, "logprobs_mode": "processed_logits"}
-        if sizes.kv_cache_bytes:
-            arguments["kv_cache_memory_bytes"] = sizes.kv_cache_bytes
-        else:
-            arguments["gpu_memory_utilization"] = options.gpu_memory_utilization
         own = variables(device, threads, options.tensor_parallel_size)
         with tempfile.TemporaryDirectory(prefix="gr-vllm-") as folder_of_cause:
             cause = Path(folder_of_cause) / "cause"
             with environment({**own, **front.variables(cause)}):
                 try:
-                    made = AsyncEngineArgs(**arguments)
+                    made = AsyncEngineArgs(**arguments(folder, checkpoint, options, sizes, device))
                     return AsyncLLM.from_engine_args(made, stat_loggers=loggers)
                 except (ValueError, RuntimeError, TimeoutError) as error:
                     raise PlanError(
