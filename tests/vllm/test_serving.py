@@ -59,6 +59,7 @@ class Server:
     metrics: str
     process: subprocess.Popen[str]
     models: Mapping[str, Model]
+    log: Path
 
     @property
     def cores(self) -> list[psutil.Process]:
@@ -75,7 +76,13 @@ def serving(folder: Path, environment: Mapping[str, str], *options: str) -> Iter
     command = ["gr", "serve", "--config", "gr.toml", "--port", "0", *options]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
-            command, cwd=folder, env=clean, stdout=subprocess.PIPE, stderr=log, text=True
+            command,
+            cwd=folder,
+            env=clean,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            process_group=0,
         )
     try:
         assert process.stdout is not None
@@ -98,7 +105,7 @@ def server(
     with serving(folder, environment) as (process, address):
         with Client(address) as client:
             client.wait_until_ready(timeout_s=200)
-        yield Server(address, f"http://127.0.0.1:{port}/metrics", process, models)
+        yield Server(address, f"http://127.0.0.1:{port}/metrics", process, models, folder / "log")
 
 
 def asked(task: Task, seed: int) -> RecommendRequest:
@@ -232,12 +239,15 @@ def test_it_drains_and_leaves_nothing(server: Server) -> None:
     assert len(processes) >= len(TASKS)
     load = [Load(server, task) for task in TASKS.values() for _ in range(2)]
     time.sleep(0.5)
-    server.process.send_signal(signal.SIGTERM)
+    os.killpg(server.process.pid, signal.SIGTERM)  # as `timeout` and shells do
     assert server.process.wait(timeout=60) == 0
     for one in load:
         one.end()
         assert set(one.outcomes) <= {"answered", "unavailable"}, one.outcomes
     assert all_gone(sorted(processes, key=lambda p: p.pid), within_s=1)
+    stopping = server.log.read_text().partition("stopping: SIGTERM")[2]
+    assert stopping
+    assert "died" not in stopping, "vLLM did not live until the server had drained"
 
 
 def test_nothing_outlives_a_killed_server(environment: Mapping[str, str], tmp_path: Path) -> None:

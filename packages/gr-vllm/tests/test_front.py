@@ -51,7 +51,7 @@ def test_it_ends_with_a_front_end_that_is_killed(program: Path, tmp_path: Path) 
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         core = int(process.stdout.readline())
-        os.kill(core, 0)
+        assert os.getpgid(core) != os.getpgid(process.pid), "it gets the signals of the group"
         process.kill()
     end = time.monotonic() + 10
     while _runs(core):

@@ -48,6 +48,8 @@ def attend() -> None:
     if parent is None or _FRONT not in os.environ:
         return
     if os.environ[_FRONT] == str(parent.pid):
+        # Signals to the server's group, as shells send them, are for the server, which drains.
+        os.setpgid(0, 0)
         threading.Thread(
             target=_follow, args=(parent.sentinel,), name="gr-vllm-follow", daemon=True
         ).start()
