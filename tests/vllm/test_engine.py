@@ -32,6 +32,7 @@ from gr_hstu import testing
 
 from .engines import (
     MAX_CANDIDATES,
+    NEEDED,
     OPTIONS,
     TASKS,
     Pool,
@@ -46,7 +47,7 @@ from .engines import (
 )
 from .in_process import LONGEST
 
-pytest.importorskip("vllm", reason="vLLM is not installed: pip install 'gr-vllm[cpu]'")
+pytest.importorskip("vllm", reason=NEEDED)
 
 __all__ = ["pool"]
 BLOCK = 32

