@@ -48,6 +48,9 @@ NOT_NATIVE = ("benchmark", "build", "cache", "cache_file", "paged_triton")
 """Tests of gr-kernels that are not of its code in C++."""
 # Optimized a little: more takes minutes to compile, less to run.
 SANITIZERS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
+TWO_AT_ONCE = ("-n", "2", "--dist", "loadfile")
+ONE_AT_ONCE = ("gr-core", "gr-serve-grpc")
+"""Their tests look at clocks and queues; the others' only take time."""
 NO_GPU = ("-m", "not gpu")
 QUICK = ("-m", "not gpu and not slow")
 IMPORT_ALL = """
@@ -88,7 +91,7 @@ def protos(session: nox.Session) -> None:
 @nox.parametrize("package", PACKAGES, ids=PACKAGES)
 def tests(session: nox.Session, package: str) -> None:
     """One package's tests, with all packages installed."""
-    pytest(session, f"packages/{package}/tests", *NO_GPU)
+    pytest(session, f"packages/{package}/tests", *NO_GPU, *at_once(package))
 
 
 @nox.session(venv_backend="none", requires=["workbench"])
@@ -101,7 +104,7 @@ def integration(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["workbench"])
 def graphs(session: nox.Session) -> None:
     """Models as ONNX graphs and TensorRT plans, most of which is waiting for torch to export."""
-    pytest(session, "tests/trt", *NO_GPU, "-n", "2", "--dist", "loadfile")
+    pytest(session, "tests/trt", *NO_GPU, *TWO_AT_ONCE)
 
 
 @nox.session(venv_backend="none", requires=["workbench"])
@@ -119,16 +122,19 @@ def isolated(session: nox.Session, package: str) -> None:
     # Before the test tools, whose dependencies could hide one that the wheel forgot.
     session.run("python", "-m", "pip", "check", silent=True)
     session.run("python", "-c", IMPORT_ALL)
-    session.install("-c", str(CONSTRAINTS), *wheels, *test_requirements([package]))
-    session.run("python", "-m", "pytest", f"{FOLDERS[package]}/tests", *QUICK, *session.posargs)
+    tools = (*test_requirements([package]), "pytest-xdist")
+    session.install("-c", str(CONSTRAINTS), *wheels, *tools)
+    options = (*QUICK, *at_once(package), *session.posargs)
+    session.run("python", "-m", "pytest", f"{FOLDERS[package]}/tests", *options)
 
 
 @nox.session(python="3.11")
 def minimums(session: nox.Session) -> None:
     """All packages' tests with the oldest supported dependencies, torch aside."""
-    install_editable(session, MINIMUMS, *test_requirements(PACKAGES))
+    install_editable(session, MINIMUMS, *test_requirements(PACKAGES), "pytest-xdist")
     for package in PACKAGES:
-        session.run("python", "-m", "pytest", f"packages/{package}/tests", *QUICK, *session.posargs)
+        options = (*QUICK, *at_once(package), *session.posargs)
+        session.run("python", "-m", "pytest", f"packages/{package}/tests", *options)
 
 
 # ── On request ────────────────────────────────────────────────────────────────────────────────
@@ -304,6 +310,10 @@ def build_inputs(package: str) -> list[Path]:
     folder = ROOT / "packages" / package
     patterns = ("pyproject.toml", "hatch_build.py", "CMakeLists.txt", "csrc/**/*")
     return sorted(f for pattern in patterns for f in folder.glob(pattern) if f.is_file())
+
+
+def at_once(package: str) -> tuple[str, ...]:
+    return () if package in ONE_AT_ONCE else TWO_AT_ONCE
 
 
 def test_requirements(packages: list[str]) -> list[str]:
