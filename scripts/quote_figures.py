@@ -15,7 +15,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/onnx.md", "docs/performance.md", "docs/quantization.md")
+PAGES = (
+    "README.md",
+    "docs/onnx.md",
+    "docs/performance.md",
+    "docs/quantization.md",
+    "docs/vllm.md",
+)
 TABLE = r"(?:\|.*\n)+"
 QUOTE = re.compile(rf"(<!-- quoted (whole )?from (\S+?)#(\S+) -->\n\n)({TABLE})")
 
