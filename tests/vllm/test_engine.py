@@ -39,6 +39,7 @@ from .engines import (
     all_gone,
     check,
     check_struck,
+    children,
     encoded,
     outcomes,
     pool,
@@ -281,7 +282,10 @@ def test_never_an_item_that_is_none(histories: Sequence[Sequence[int]], k: int, 
 
 @pytest.mark.parametrize(("kind", "task"), CASES)
 def test_four_times_what_the_pool_holds(kind: str, task: Task, pool: Pool) -> None:
-    """256 long histories, and memory for K and V of about 64: all are answered, none wrong."""
+    """256 long histories, and memory for K and V of about 64: all are answered, none wrong.
+
+    vLLM is held until all have been sent, or a quick one would never have them all at once.
+    """
     engine = pool(kind)
     lengths = np.random.default_rng(1).integers(LONGEST - 20, LONGEST, 256)
     requests = [
@@ -293,7 +297,15 @@ def test_four_times_what_the_pool_holds(kind: str, task: Task, pool: Pool) -> No
 
     async def everything() -> Sequence[InferenceResult]:
         nonlocal waiting
-        tasks = [asyncio.ensure_future(engine.engine.infer(one, None)) for one in requests]
+        held = children()
+        for process in held:
+            process.suspend()
+        try:
+            tasks = [asyncio.ensure_future(engine.engine.infer(one, None)) for one in requests]
+            await asyncio.sleep(2.0)
+        finally:
+            for process in held:
+                process.resume()
         while not all(task.done() for task in tasks):
             waiting = max(waiting, engine.count("num_requests_waiting"))
             await asyncio.sleep(0.001)
