@@ -364,7 +364,7 @@ async def measured(sides: Sequence[Side], arguments: argparse.Namespace) -> Sequ
         ]
         cells: dict[tuple[str, int], list[tuple[float, list[float]]]] = {}
         for side in good:
-            await load(side, USERS, side_requests(side.users.earlier()), 0.0)
+            await load(side, USERS, iter(side.users.earlier()), 0.0)
         for number in range(arguments.rounds):
             for callers in arguments.callers:
                 for turn in range(len(good)):
@@ -392,10 +392,6 @@ def cell(rounds: Sequence[tuple[float, list[float]]]) -> str:
 def endless(users: Any, returning: bool) -> Iterator[EncodedRequest]:
     while True:
         yield users.request(returning=returning)
-
-
-def side_requests(requests: Sequence[EncodedRequest]) -> Iterator[EncodedRequest]:
-    return iter(requests)
 
 
 async def load(

@@ -233,18 +233,18 @@ class Deployment:
         return Health(True)
 
     def queue_depths(self) -> dict[str, int]:
-        return {
-            f"{self.name}/{self.version}/{entry.plan.engine.name}": entry.runner.depth
-            for entry in self._loaded.values()
-        }
+        return {self._label(entry): entry.runner.depth for entry in self._loaded.values()}
 
     def measurements(self) -> Mapping[str, Sequence[Measurement]]:
         """What engines measure of themselves, by ``model/version/engine``."""
         return {
-            f"{self.name}/{self.version}/{entry.plan.engine.name}": entry.engine.measurements()
+            self._label(entry): entry.engine.measurements()
             for entry in self._loaded.values()
             if isinstance(entry.engine, MeasuredEngine)
         }
+
+    def _label(self, entry: _Loaded) -> str:
+        return f"{self.name}/{self.version}/{entry.plan.engine.name}"
 
     @contextmanager
     def lease(self) -> Iterator[None]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from gr_core.errors import PlanError
 from gr_vllm.checkpoint import Checkpoint
-from gr_vllm.worker.kernels import PAGE_TOKENS, paged_attention
+from gr_vllm.settings import own_options
+from gr_vllm.worker.kernels import PAGE_TOKENS, page_columns, paged_attention
 
 _WHO = "engine vllm"
 _GIB = 2**30
-_TIME_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +68,7 @@ class VllmOptions:
     @staticmethod
     def of(extra: Mapping[str, Any], foreign: frozenset[str] = frozenset()) -> VllmOptions:
         """``foreign`` are options of the exporter. Raises `PlanError` that names the option."""
-        known = {field.name for field in fields(VllmOptions)}
-        for name in extra:
-            if name not in known | foreign:
-                every = ", ".join(sorted(known | foreign))
-                raise PlanError(f"{_WHO} has no option {name!r}; there are: {every}")
-        try:
-            return VllmOptions(**{name: extra[name] for name in extra if name in known})
-        except ValueError as error:
-            raise PlanError(f"{_WHO}: option {error}") from None
+        return own_options(VllmOptions, extra, foreign, _WHO)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +131,4 @@ def page_bytes(checkpoint: Checkpoint, ranks: int, device: str) -> int:
     kernel = paged_attention(
         heads, layers.d_qk, layers.d_v, dtype, layers.alpha, layers.divisor, kind
     )
-    needed = kernel.page_bytes + (PAGE_TOKENS * _TIME_BYTES if layers.time_buckets else 0)
-    row = heads * PAGE_TOKENS * dtype.itemsize
-    return -(-needed // row) * row
+    return heads * PAGE_TOKENS * dtype.itemsize * page_columns(kernel, layers, heads, dtype)

@@ -26,7 +26,7 @@ class Histories:
 
 
 def longest_history(model: StackModel, task: Task) -> Histories:
-    """From the bundle's samples and made-up histories of every length up to very long ones."""
+    """From made-up histories of every length up to very long ones."""
     tokens, causal, candidates = 1, True, False
     for request in sample_requests(model, _SAMPLES, max_history=_LONG, made_up=True):
         sequence = model.sequence(model.encode(for_task(request, task), task).request)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, cast, get_args
 
 from gr_core.errors import PlanError
 from gr_vllm.checkpoint import Checkpoint, Dtype
 from gr_vllm.quantization import FOUR_BITS, MULTIPLE, Quantization
+from gr_vllm.settings import own_options
 from gr_vllm.weights import projections
 
 _WHO = "exporter vllm"
@@ -34,15 +35,7 @@ class ExportSettings:
     @staticmethod
     def of(extra: Mapping[str, Any], foreign: frozenset[str]) -> ExportSettings:
         """``foreign`` are options of the engine. Raises `PlanError` that names the option."""
-        known = {field.name for field in fields(ExportSettings)}
-        for name in extra:
-            if name not in known | foreign:
-                there = ", ".join(sorted(known | foreign))
-                raise PlanError(f"{_WHO} has no option {name!r}; there are: {there}")
-        try:
-            return ExportSettings(**{name: extra[name] for name in extra if name in known})
-        except ValueError as error:
-            raise PlanError(f"{_WHO}: option {error}") from None
+        return own_options(ExportSettings, extra, foreign, _WHO)
 
     def precision(self, dtype: str) -> tuple[Dtype, Quantization]:
         """What is computed in, and how weights are kept. Raises `PlanError`."""

@@ -20,10 +20,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
 from gr_vllm.checkpoint import Layers
-from gr_vllm.worker.kernels import PAGE_TOKENS, paged_attention
+from gr_vllm.worker.kernels import PAGE_TOKENS, page_columns, paged_attention, time_bytes
 from gr_vllm.worker.step import Pages, Step
-
-_TIME_BYTES = 4
 
 
 class PagesBuilder(AttentionMetadataBuilder[Pages]):  # type: ignore[misc]
@@ -89,7 +87,8 @@ class HSTUAttention(nn.Module, AttentionLayerBase):  # type: ignore[misc]
             heads, layers.d_qk, layers.d_v, self._dtype, layers.alpha, layers.divisor, device
         )
         self._heads, self._d_qk, self._d_v = heads, layers.d_qk, layers.d_v
-        self._time_bytes = PAGE_TOKENS * _TIME_BYTES if layers.time_buckets else 0
+        self._columns = page_columns(self._kernel, layers, heads, self._dtype)
+        self._time_bytes = time_bytes(layers)
         self._pages: Tensor | None = None
         self.kv_cache = torch.empty(0)
         self.layer_name = prefix
@@ -101,14 +100,12 @@ class HSTUAttention(nn.Module, AttentionLayerBase):  # type: ignore[misc]
         return HSTUAttentionBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> FullAttentionSpec:
-        needed = self._kernel.page_bytes + self._time_bytes
-        columns = -(-needed // (self._heads * PAGE_TOKENS * self._dtype.itemsize))
         # What is K's and what is V's is the kernel's matter; vLLM wants to know the sum.
         return FullAttentionSpec(
             block_size=vllm_config.cache_config.block_size,
             num_kv_heads=self._heads,
             head_size=self._d_qk,
-            head_size_v=columns - self._d_qk,
+            head_size_v=self._columns - self._d_qk,
             dtype=self._dtype,
         )
 

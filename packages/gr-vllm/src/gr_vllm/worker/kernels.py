@@ -13,12 +13,14 @@ from torch import Tensor
 from gr_core.plugins.descriptors import KernelDescriptor
 from gr_core.plugins.host import PluginHost
 from gr_core.plugins.registry import Registry
+from gr_vllm.checkpoint import Layers
 from gr_vllm.worker.torch_attention import TorchPagedAttention
 
 logger = logging.getLogger(__name__)
 
 OP = "hstu_paged_attention"
 PAGE_TOKENS = 32
+_TIME_BYTES = 4
 
 
 class PagedAttention(Protocol):
@@ -59,6 +61,17 @@ def paged_attention(
     make = _choose(heads, d_qk, d_v, dtype, alpha, divisor, device)
     kernel: PagedAttention = make(heads, d_qk, d_v, dtype, alpha, divisor)
     return kernel
+
+
+def time_bytes(layers: Layers) -> int:
+    """Of a page, behind its K and V: the times of its tokens, where the stack has a time bias."""
+    return PAGE_TOKENS * _TIME_BYTES if layers.time_buckets else 0
+
+
+def page_columns(kernel: PagedAttention, layers: Layers, heads: int, dtype: torch.dtype) -> int:
+    """Numbers for each token and head of a page that holds K, V and times."""
+    row_bytes = heads * PAGE_TOKENS * dtype.itemsize
+    return -(-(kernel.page_bytes + time_bytes(layers)) // row_bytes)
 
 
 @functools.cache

@@ -49,8 +49,8 @@ class Tokens(nn.Module):
         groups_T = times_T = next_times_T = None
         layout = self._layout
         if self._kind == "ids":
-            # An id that is none would read beyond the table, and end the process for everybody.
-            x_TD = self._sum(self._clamped(input_ids, 0)[:, None])
+            assert input_ids is not None
+            x_TD = self._sum(input_ids[:, None])
         else:
             assert rows_TE is not None
             x_TD, words_TA = layout.split(rows_TE)
@@ -75,6 +75,6 @@ class Tokens(nn.Module):
             x_TD = x_TD + self.tables[i](self._clamped(ids_TW[:, i], i))
         return x_TD
 
-    def _clamped(self, ids_T: Tensor | None, table: int) -> Tensor:
-        assert ids_T is not None
+    def _clamped(self, ids_T: Tensor, table: int) -> Tensor:
+        # An id that is none would read beyond the table, and end the process for everybody.
         return ids_T.long().clamp(0, self._rows[table] - 1)
