@@ -1,18 +1,10 @@
 """The op `hstu_paged_attention` in Triton: its numbers, and that it compiles for GPUs.
 
-The numbers are computed on a GPU where there is one, else by Triton's interpreter, which has to be
-chosen before Triton is imported: `test_on_the_interpreter` runs this file once more.
+See `.triton_kernels` for where they run.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from typing import Any
-
-import numpy as np
 import pytest
 import torch
 
@@ -23,45 +15,25 @@ from gr_kernels.ops.hstu_paged_attention.triton import TritonPagedAttention, til
 
 from .paged import ALPHA, DIVISOR, compute, error, random_user, right
 from .test_paged_attention import arbitrary, in_steps, kinds
-
-pytestmark = pytest.mark.skipif(
-    find_spec("triton") is None, reason="Triton is not installed; pip install gr-kernels[triton]"
+from .triton_kernels import (
+    DEVICES,
+    SHARED_BYTES,
+    Recorded,
+    device_for,
+    needs_triton,
+    not_interpreted,
+    run_on_the_interpreter,
 )
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = needs_triton
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(16, 16), (64, 64), (25, 33), (7, 130), (256, 256)]
 
 
-@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu), "cpu"])
+@pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "cuda" and (INTERPRETED or not torch.cuda.is_available()):
-        pytest.skip("needs a CUDA device")
-    if request.param == "cpu":
-        if not INTERPRETED:
-            pytest.skip("test_on_the_interpreter runs it")
-        _teach_bfloat16(monkeypatch)
-    return str(request.param)
-
-
-def _teach_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter multiplies matrices of bfloat16 as if their bits were integers."""
-    from triton.runtime import interpreter
-
-    def create_dot(
-        self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any
-    ) -> interpreter.TensorHandle:
-        one, other = (
-            (x.data.astype(np.uint32) << 16).view(np.float32)
-            if x.data.dtype == np.uint16
-            else x.data
-            for x in (a, b)
-        )
-        return interpreter.TensorHandle(
-            np.matmul(one, other, dtype=d.data.dtype) + d.data, d.dtype.scalar
-        )
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    return device_for(request.param, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -147,76 +119,13 @@ def test_pages_are_those_of_the_reference(device: str):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+@not_interpreted
 @pytest.mark.timeout(600)
 def test_on_the_interpreter():
-    import triton
-
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
-        pytest.skip("the interpreter of Triton before 3.7 cannot loop with the newest NumPy")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed" in done.stdout
+    run_on_the_interpreter(__file__)
 
 
-# ── Compiled for GPUs that need not be here ─────────────────────────────────────────────────────
-
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Shared memory that one block may use, by compute capability (CUDA programming guide)."""
-TYPES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
-
-
-class Launches:
-    """Stands where a kernel does, and keeps what it is launched with."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-        self.given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *args, **keywords: self.given.append((args, keywords))
-
-    def compile(self, capability: int) -> Any:
-        """As Triton does for a launch: what is 1 is a constant, multiples of 16 are known."""
-        import triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-
-        ((args, keywords),) = self.given
-        names = self.kernel.arg_names
-        options = {name: value for name, value in keywords.items() if name not in names}
-        values = dict(zip(names, args, strict=False)) | keywords
-        signature, constants, attributes = {}, {}, {}
-        for i, name in enumerate(names):
-            value = values[name]
-            if isinstance(value, torch.Tensor):
-                signature[name] = f"*{TYPES[value.dtype]}"
-                known = value.data_ptr() % 16 == 0
-            elif isinstance(value, float):
-                signature[name], known = "fp32", False
-            elif name in keywords or value is None or value == 1:
-                signature[name], constants[name], known = "constexpr", value, False
-            else:
-                signature[name], known = "i32", value % 16 == 0
-            if known:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@not_interpreted
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -241,13 +150,8 @@ def test_it_compiles(
 ):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
     attention = TritonPagedAttention(2, d_qk, d_v, dtype, ALPHA, DIVISOR)
-    real, tokens = attention._kernels, sequences * new
-
-    class Recorded:
-        store_tokens = Launches(real.store_tokens)
-        attend = Launches(real.attend)
-
-    attention._kernels = Recorded  # type: ignore[assignment]
+    recorded = attention._kernels = Recorded(attention._kernels)  # type: ignore[assignment]
+    tokens = sequences * new
     offsets = torch.arange(sequences + 1) * new
     attention(
         *(torch.zeros(tokens, 2, d, dtype=dtype) for d in (d_qk, d_qk, d_v)),
@@ -259,10 +163,9 @@ def test_it_compiles(
         *(torch.zeros(tokens, dtype=torch.int32) for _ in range(2)),
         torch.zeros(sequences * new * new) if bias else None,
     )
-    for launches in (Recorded.store_tokens, Recorded.attend):
-        compiled = launches.compile(capability)
-        assert compiled.asm["cubin"][:4] == b"\x7fELF"
-        assert compiled.metadata.shared <= SHARED_BYTES[capability]
+    assert set(recorded.launches) == {"store_tokens", "attend"}
+    for launches in recorded.launches.values():
+        launches.compile(capability)
 
 
 @pytest.mark.parametrize("tokens_each", [1, 17, 33, 1000])

@@ -60,6 +60,17 @@ class Segment:
     rows: Rows = Rows.CANDIDATES
 
 
+class Arrivals(Protocol):
+    """Blocks that are still on their way to a device, layer by layer; see `HSTUStack.run`."""
+
+    def wait(self, layer: int) -> None:
+        """Lets what is launched next wait until a layer of all blocks is there; at once for us.
+
+        What is written to blocks has to wait for layer 0 at least.
+        """
+        ...
+
+
 class HSTUStack(Protocol):
     """A stack with its weights converted. Its maker takes a `gr_core.stack.Stack`.
 
