@@ -140,3 +140,36 @@ class StackModel(TorchModel, Protocol):
         predicted from (d,), to be multiplied with the table of `gr_core.tokens.Readout`.
         """
         ...
+
+
+class StackEnds(Protocol):
+    """Both ends of a stack on one device: tokens in, heads out. All methods are thread-safe.
+
+    Neither waits for the device: what they return may still be computed there.
+    """
+
+    def embed(
+        self,
+        requests: Sequence[EncodedRequest],
+        sequences: Sequence[TokenSequence],
+        starts: Sequence[int],
+    ) -> Any:
+        """As `StackModel.embed`, a float32 torch tensor (T, D) on the device."""
+        ...
+
+    def outputs(self, task: Task, requests: Sequence[EncodedRequest], rows: Any) -> Sequence[Any]:
+        """As `StackModel.outputs`, from rows (R, D) on the device to tensors there."""
+        ...
+
+
+@runtime_checkable
+class PlacedStackModel(StackModel, Protocol):
+    """A model whose ends can run beside the layers, so that only ids travel to a device."""
+
+    def ends(self, device: str) -> StackEnds:
+        """The ends with their weights copied to a device, e.g. ``cuda:0``.
+
+        They outlive the model, which stays on the CPU. The layers are not among them: `stack` has
+        those.
+        """
+        ...
