@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from importlib.util import find_spec
 
 from gr_core import KernelDescriptor
@@ -32,12 +33,19 @@ def probe_triton() -> tuple[bool, str]:
     return True, f"Triton is installed; {torch.cuda.get_device_name()}"
 
 
+def narrow_heads(sizes: Mapping[str, int]) -> tuple[bool, str]:
+    widest = max(sizes.get("d_qk", 0), sizes.get("d_v", 0))
+    return widest <= 256, f"heads have {widest} columns; expected at most 256"
+
+
+GPU_DTYPES = ("float32", "bfloat16", "float16")
+
 KERNELS = (
     KernelDescriptor(
         name="hstu_attention-reference",
         op="hstu_attention",
         factory="gr_kernels.ops.hstu_attention.reference:hstu_attention",
-        device="cpu",
+        device="any",
         dtypes=("float32", "bfloat16", "float16", "float64"),
         priority=0,
         summary="all pairs of queries and keys, then a mask: the definition",
@@ -67,9 +75,8 @@ KERNELS = (
         name="hstu_paged_attention-reference",
         op="hstu_paged_attention",
         factory="gr_kernels.ops.hstu_paged_attention.reference:TorchPagedAttention",
-        device="cpu",
+        device="any",
         dtypes=("float32", "bfloat16", "float16", "float64"),
-        supports="any; on other devices than the CPU too",
         priority=0,
         summary="torch, K and V gathered from plain pages",
         probe=probe_torch,
@@ -114,6 +121,99 @@ KERNELS = (
         priority=20,
         summary="all layers in C++ for AVX2 and AVX-512, K and V in tiles",
         probe=functools.partial(native.probe, "float32"),
+    ),
+    KernelDescriptor(
+        name="hstu_attention-triton",
+        op="hstu_attention",
+        factory="gr_kernels.ops.hstu_attention.triton:hstu_attention",
+        device="cuda",
+        dtypes=GPU_DTYPES,
+        supports="heads of up to 256 columns",
+        accepts=narrow_heads,
+        priority=20,
+        summary="Triton, without padding",
+        probe=probe_triton,
+    ),
+    KernelDescriptor(
+        name="hstu_cached_attention-triton",
+        op="hstu_cached_attention",
+        factory="gr_kernels.ops.hstu_attention.triton:attend",
+        device="cuda",
+        dtypes=GPU_DTYPES,
+        supports="heads of up to 256 columns",
+        accepts=narrow_heads,
+        priority=20,
+        summary="Triton, without padding, a part of K and V in blocks",
+        probe=probe_triton,
+    ),
+    KernelDescriptor(
+        name="hstu_projection-reference",
+        op="hstu_projection",
+        factory="gr_kernels.ops.hstu_projection.reference:hstu_projection",
+        device="any",
+        dtypes=("float32", "bfloat16", "float16", "float64"),
+        summary="torch: the definition",
+        probe=probe_torch,
+    ),
+    KernelDescriptor(
+        name="hstu_projection-triton",
+        op="hstu_projection",
+        factory="gr_kernels.ops.hstu_projection.triton:hstu_projection_fused",
+        device="cuda",
+        dtypes=GPU_DTYPES,
+        priority=10,
+        summary="norm, product and SiLU in one kernel in Triton",
+        probe=probe_triton,
+    ),
+    KernelDescriptor(
+        name="hstu_projection-cublas",
+        op="hstu_projection",
+        factory="gr_kernels.ops.hstu_projection.triton:hstu_projection_product",
+        device="cuda",
+        dtypes=GPU_DTYPES,
+        priority=20,
+        summary="norm in Triton, then cuBLAS",
+        probe=probe_triton,
+    ),
+    KernelDescriptor(
+        name="hstu_output-reference",
+        op="hstu_output",
+        factory="gr_kernels.ops.hstu_output.reference:hstu_output",
+        device="any",
+        dtypes=("float32", "bfloat16", "float16", "float64"),
+        summary="torch: the definition",
+        probe=probe_torch,
+    ),
+    KernelDescriptor(
+        name="hstu_output-triton",
+        op="hstu_output",
+        factory="gr_kernels.ops.hstu_output.triton:hstu_output_fused",
+        device="cuda",
+        dtypes=GPU_DTYPES,
+        priority=20,
+        summary="norm, gate, product and residual in one kernel in Triton",
+        probe=probe_triton,
+    ),
+    KernelDescriptor(
+        name="hstu_output-cublas",
+        op="hstu_output",
+        factory="gr_kernels.ops.hstu_output.triton:hstu_output_product",
+        device="cuda",
+        dtypes=GPU_DTYPES,
+        priority=10,
+        summary="norm and gate in Triton, then cuBLAS, then the residual",
+        probe=probe_triton,
+    ),
+    KernelDescriptor(
+        name="hstu_stack-cuda",
+        op="hstu_stack",
+        factory="gr_kernels.ops.hstu_stack.cuda:CudaStack",
+        device="cuda",
+        dtypes=GPU_DTYPES,
+        supports="heads of up to 256 columns",
+        priority=20,
+        summary="all layers on a GPU, K and V in blocks, CUDA graphs for small batches",
+        probe=probe_triton,
     ),
     KernelDescriptor(
         name="hstu_stack-torch",

@@ -6,7 +6,7 @@ factory (``"module:attribute"``) is resolved.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, TypeAlias
@@ -103,9 +103,12 @@ class KernelDescriptor(Descriptor):
 
     op: str
     device: str
+    """``cpu``, ``cuda``, or ``any`` for what runs wherever its tensors are."""
     dtypes: tuple[str, ...]
     supports: str = ""
     """Shapes that it supports, for people; the callable itself decides."""
+    accepts: Callable[[Mapping[str, int]], tuple[bool, str]] | None = None
+    """Whether it computes such sizes, by the names that the op gives them, and why not."""
     priority: int = 0
 
 

@@ -97,7 +97,7 @@ def best(
         kernel
         for kernel in kernels
         if kernel.op == OP
-        and kernel.device == device
+        and kernel.device in (device, "any")
         and str(dtype).removeprefix("torch.") in kernel.dtypes
     ]
     for kernel in sorted(fitting, key=lambda kernel: -kernel.priority):

@@ -29,7 +29,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class CachedKeys:
-    """Keys in blocks of 32 tokens. A block holds for one layer after another K (H, 32, K), then V (H, 32, V)."""
+    """Keys in blocks of 32 tokens: one layer after another, K (H, 32, K), then V (H, 32, V)."""
 
     addresses_BM: Tensor
     """int64, on the device: where the blocks of each sequence begin, multiples of 64 bytes."""

@@ -26,13 +26,15 @@ def hstu_attention(
     divisor: float,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Runs the best implementation for the dtype that this processor has.
-
-    On other devices than the CPU that is the reference.
-    """
+    """Runs the best implementation for the device and the dtype; the reference on unknown ones."""
     implementation = reference.hstu_attention
-    if q_THK.device.type == "cpu":
-        implementation = choose("hstu_attention", str(q_THK.dtype).removeprefix("torch.")).resolve()
+    if q_THK.device.type in ("cpu", "cuda"):
+        implementation = choose(
+            "hstu_attention",
+            str(q_THK.dtype).removeprefix("torch."),
+            device=q_THK.device.type,
+            sizes={"d_qk": q_THK.shape[2], "d_v": v_SHV.shape[2]},
+        ).resolve()
     return implementation(
         q_THK,
         k_SHK,

@@ -19,11 +19,10 @@ from gr_core.errors import PlanError
 from gr_core.stack import Stack
 from gr_kernels.native import DTYPES, instruction_sets, library
 from gr_kernels.ops.hstu_stack.interface import BLOCK_TOKENS, Segment
+from gr_kernels.ops.hstu_stack.time_buckets import thresholds
 
 _SILU = ("none", "u", "all")
 _GATES = ("u*norm(a)", "u,norm(a),u*norm(a)", "u,a,u*norm(a)", "norm(a*u)")
-_LOG_BUCKET_WIDTH = 0.301
-_LONGEST_GAP = 2**62
 
 
 class _Config(ctypes.Structure):
@@ -173,7 +172,7 @@ class CpuStack:
 
 def _create(stack: Stack, dtype: str, isa: str, threads: int) -> int:
     first = stack.layers[0]
-    thresholds = _thresholds(0 if first.time_bias is None else len(first.time_bias))
+    limits = thresholds(0 if first.time_bias is None else len(first.time_bias))
     config = _Config(
         d_model=stack.d_model,
         num_heads=stack.num_heads,
@@ -190,7 +189,7 @@ def _create(stack: Stack, dtype: str, isa: str, threads: int) -> int:
         norm_eps=stack.norm_eps,
         positions=0 if first.position_bias is None else (len(first.position_bias) + 1) // 2,
         time_buckets=0 if first.time_bias is None else len(first.time_bias),
-        time_thresholds=thresholds.ctypes.data,
+        time_thresholds=limits.ctypes.data,
     )
     layers = (_Weights * len(stack.layers))()
     for layer, weights in zip(layers, stack.layers, strict=True):
@@ -204,24 +203,6 @@ def _create(stack: Stack, dtype: str, isa: str, threads: int) -> int:
     if not handle:
         raise PlanError(f"the stack cannot be made: {_library().gr_last_error().decode()}")
     return int(handle)
-
-
-@functools.cache
-def _thresholds(buckets: int) -> npt.NDArray[np.int64]:
-    """Least gap in seconds of each bucket but the first, by the formula as torch rounds it."""
-
-    def bucket(gap: int) -> int:
-        seconds = torch.tensor([gap]).clamp(min=1).float()
-        return int((torch.log(seconds) / _LOG_BUCKET_WIDTH).long())
-
-    least = []
-    for number in range(1, buckets):
-        low, high = 1, _LONGEST_GAP
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if bucket(middle) >= number else (middle + 1, high)
-        least.append(low)
-    return np.array(least, np.int64)
 
 
 @functools.cache

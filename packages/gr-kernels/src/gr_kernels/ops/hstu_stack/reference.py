@@ -25,13 +25,11 @@ from torch import Tensor
 from gr_core.stack import LayerWeights, Stack
 from gr_kernels.ops.hstu_attention.blocked import attend
 from gr_kernels.ops.hstu_stack.interface import BLOCK_TOKENS, Rows, Segment
+from gr_kernels.ops.hstu_stack.time_buckets import LOG_BUCKET_WIDTH
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 """The last is for finding the others' errors."""
-
-# The public code divides by 0.301, about log10(2), so a bucket is a factor of 1.35 in time.
-_LOG_BUCKET_WIDTH = 0.301
 
 
 class TorchStack:
@@ -363,7 +361,7 @@ class _Bias:
             times = _given(segment.times, "times")
             elapsed = _given(segment.next_times, "next_times")[row] - times[key]
             seconds = torch.from_numpy(np.maximum(np.abs(elapsed), 1)).float()
-            bucket = (seconds.log() / _LOG_BUCKET_WIDTH).long()
+            bucket = (seconds.log() / LOG_BUCKET_WIDTH).long()
             bucket.clamp_(max=len(self.layer.time_bias) - 1)
             of_time = self.layer.time_bias[bucket]
             total = of_time if total is None else total + of_time
