@@ -56,7 +56,7 @@ def sequences(
     bias: Tensor | None,
 ) -> Iterator[Sequence]:
     """Checks a call's arguments and yields its sequences. Raises `ValueError`."""
-    _check_shapes(q_THK, k_SHK, v_SHV, bias)
+    check_shapes(q_THK, k_SHK, v_SHV, bias)
     query_ends = _offsets("query_offsets", query_offsets, len(q_THK))
     key_ends = _offsets("key_offsets", key_offsets, len(k_SHK))
     if len(query_ends) != len(key_ends):
@@ -91,7 +91,7 @@ def sequences(
         yield Sequence(queries, keys, *one, bias_TS)
 
 
-def _check_shapes(q_THK: Tensor, k_SHK: Tensor, v_SHV: Tensor, bias: Tensor | None) -> None:
+def check_shapes(q_THK: Tensor, k_SHK: Tensor, v_SHV: Tensor, bias: Tensor | None) -> None:
     if not q_THK.ndim == k_SHK.ndim == v_SHV.ndim == 3:
         raise ValueError("q, k and v must have three axes: tokens, heads, columns")
     if q_THK.shape[1:] != k_SHK.shape[1:]:
