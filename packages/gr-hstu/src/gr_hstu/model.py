@@ -19,7 +19,7 @@ from gr_core.tokens import Readout, TokenTables
 from gr_core.types import FloatArray, IntArray, RecommendRequest, Task
 from gr_hstu.config import HSTUConfig, MTGRConfig
 from gr_hstu.features import FeatureSchema
-from gr_hstu.jagged import JaggedRetrieval, jagged, stack_of
+from gr_hstu.jagged import Jagged, JaggedRetrieval, jagged, stack_of, without_layers
 from gr_hstu.loading import check_catalogue, load_weights, read_config
 from gr_hstu.models import MTGR, HSTURetrieval, build_model
 from gr_hstu.modules.skeleton import skeleton
@@ -72,7 +72,8 @@ class RetrievalRanker(nn.Module):
 
 
 class HSTUModel:
-    """Implements `gr_core.steps.SteppedModel` and `gr_core.tokens.TokenModel` for a bundle."""
+    """Implements `gr_core.steps.SteppedModel`, `gr_core.tokens.TokenModel` and
+    `gr_core.stack.PlacedStackModel` for a bundle."""
 
     def __init__(self, bundle: Bundle, config: HSTUConfig | MTGRConfig) -> None:
         self._bundle = bundle
@@ -231,6 +232,9 @@ class HSTUModel:
         self, task: Task, requests: Sequence[EncodedRequest], rows: Tensor
     ) -> Sequence[Tensor]:
         return self._jagged.outputs(task, requests, rows)
+
+    def ends(self, device: str) -> Jagged:
+        return jagged(without_layers(self._module, device))
 
     def token_tables(self) -> TokenTables:
         return self._summed_tokens().tables()

@@ -19,14 +19,15 @@ from gr_core.tokens import Readout, TokenTables
 from gr_core.types import FloatArray, IntArray, RecommendRequest, Task
 from gr_hstu.config import SemanticIdConfig
 from gr_hstu.features import FeatureSchema
-from gr_hstu.jagged import JaggedRetrieval, stack_of
+from gr_hstu.jagged import JaggedRetrieval, stack_of, without_layers
 from gr_hstu.loading import check_catalogue, load_weights, read_config
 from gr_hstu.models.semantic_ids import HSTUSemanticIds
 from gr_hstu.modules.skeleton import skeleton
 from gr_hstu.stability import prefix_stability
 
+_TOKENS = "history_tokens"
 _INPUTS = (
-    ArraySpec("history_tokens", "int64", ("token",)),
+    ArraySpec(_TOKENS, "int64", ("token",)),
     ArraySpec("history_lengths", "int64"),
 )
 
@@ -37,7 +38,8 @@ def load_semantic_ids(bundle: Bundle) -> SemanticIdModel:
 
 
 class SemanticIdModel:
-    """Implements `gr_core.generation.GenerativeModel` for a bundle.
+    """Implements `gr_core.generation.GenerativeModel` and `gr_core.stack.PlacedStackModel` for a
+    bundle.
 
     The module of `Task.GENERATE` takes, besides the inputs, ``prefixes`` (batch, level), and
     returns log-probabilities, see `HSTUSemanticIds.forward`.
@@ -57,7 +59,7 @@ class SemanticIdModel:
         self._module = module.eval().requires_grad_(False)
         _check_codes(bundle, config, module.item_codes.numpy())
         self._item_tokens = module.item_tokens()
-        self._jagged = JaggedRetrieval(module.decoder, "history_tokens")
+        self._jagged = JaggedRetrieval(module.decoder, _TOKENS)
         self._stack = stack_of(module.decoder)
         self._stability = prefix_stability(config.decoder())
 
@@ -89,7 +91,7 @@ class SemanticIdModel:
             request=EncodedRequest(
                 task=task,
                 arrays={
-                    "history_tokens": tokens_N,
+                    _TOKENS: tokens_N,
                     "history_lengths": np.array(len(tokens_N), np.int64),
                 },
                 tokens=len(tokens_N),
@@ -140,6 +142,9 @@ class SemanticIdModel:
         self, task: Task, requests: Sequence[EncodedRequest], rows: Tensor
     ) -> Sequence[Tensor]:
         return self._jagged.outputs(task, requests, rows)
+
+    def ends(self, device: str) -> JaggedRetrieval:
+        return JaggedRetrieval(without_layers(self._module.decoder, device), _TOKENS)
 
     def token_tables(self) -> TokenTables:
         return self._jagged.tables()

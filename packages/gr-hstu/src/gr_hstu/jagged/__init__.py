@@ -14,6 +14,7 @@ from torch import Tensor
 from gr_core.contracts import EncodedRequest
 from gr_core.stack import TokenSequence
 from gr_core.types import Task
+from gr_hstu.jagged.ends import without_layers
 from gr_hstu.jagged.mtgr import JaggedMTGR
 from gr_hstu.jagged.ranking import JaggedRanking
 from gr_hstu.jagged.retrieval import JaggedRetrieval
@@ -39,10 +40,14 @@ class Jagged(Protocol):
 
 
 def jagged(module: HSTURetrieval | HSTURanking | MTGR) -> Jagged:
-    """The module without padding; it shares the weights and must not change any more."""
+    """The module without padding; it shares the weights and must not change any more.
+
+    `Jagged.embed` and `Jagged.outputs` run where the weights are, and start at most one copy to
+    that device; sequences are made on the CPU.
+    """
     if isinstance(module, HSTURetrieval):
         return JaggedRetrieval(module)
     return JaggedMTGR(module) if isinstance(module, MTGR) else JaggedRanking(module)
 
 
-__all__ = ["Jagged", "JaggedRetrieval", "jagged", "stack_of"]
+__all__ = ["Jagged", "JaggedRetrieval", "jagged", "stack_of", "without_layers"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from gr_core.stack import TokenSequence
 from gr_core.types import Task
 from gr_hstu.jagged import rows as jagged_rows
 from gr_hstu.jagged.intervals import Int32Array, mtgr_intervals
-from gr_hstu.jagged.rows import candidate_counts, joined
+from gr_hstu.jagged.rows import Arrays, candidate_counts, joined, on_device, picked
 from gr_hstu.models import MTGR
 from gr_hstu.modules.masks import CANDIDATE, LONG_HISTORY, REALTIME, USER
 
@@ -41,6 +42,7 @@ class JaggedMTGR:
 
     def __init__(self, module: MTGR) -> None:
         self._module = module
+        self._device = module.items.weight.device
         self._prefix = module.config.num_prefix_tokens
         self._users = len(module.users)
         self._signals = len(module.signals)
@@ -106,43 +108,57 @@ class JaggedMTGR:
         starts: Sequence[int],
     ) -> Tensor:
         module, prefix = self._module, self._prefix
-        parts = []
+        arrays: Arrays = {}
         features = jagged_rows.prefix_rows(sequences, starts, prefix)
         if features is not None:
-            ids_BP, wanted, _ = features
-            tokens_TD = self._users_of(ids_BP).flatten(0, 1)
-            parts.append(tokens_TD if wanted is None else tokens_TD[wanted])
-
+            arrays["prefix"], wanted, _ = features
+            if wanted is not None:
+                arrays["wanted"] = wanted
         ids, places = jagged_rows.new_ids(sequences, [max(start, prefix) for start in starts])
-        ids_LW = jagged_rows.by_column(ids)
-        counts = candidate_counts(requests)
-        # One look-up for behaviours and candidates.
-        items = torch.cat([ids_LW[:, 0], joined(requests, "candidate_items")])
-        item_content = module.item_content(items)
-        contents = []
-        if len(ids):
-            signals_LG = ids_LW[:, 1 : self._time_column]
-            inputs = module.behaviours(item_content[: len(ids)], signals_LG)
-            contents.append(self._filled_up(module.behaviour_mlp, inputs))
-        if sum(counts):
-            crosses_CG = joined(requests, "candidate_features")
-            contexts_CG = None
+        behaviours, counts = len(ids), candidate_counts(requests)
+        candidates = sum(counts)
+        if behaviours:
+            arrays["signals"] = jagged_rows.columns(ids[:, 1 : self._time_column])
+        if candidates:
+            arrays["crosses"] = joined(requests, "candidate_features")
             if module.config.context_placement == "candidate":
-                contexts_CG = jagged_rows.for_each_candidate(requests, "context_features", counts)
-            inputs = module.candidates(item_content[len(ids) :], crosses_CG, contexts_CG)
-            contents.append(self._filled_up(module.candidate_mlp, inputs))
-        if contents:
+                arrays["contexts"] = jagged_rows.for_each_candidate(
+                    requests, "context_features", counts
+                )
+        if behaviours or candidates:
+            # One look-up for behaviours and candidates.
+            arrays["items"] = np.concatenate([ids[:, 0], joined(requests, "candidate_items")])
             # Position 0 is the candidates', those of behaviours count from 1, after U.
-            positions = np.concatenate([places + (1 - prefix), np.zeros(sum(counts), np.int32)])
-            buckets = self._buckets(ids, requests, counts) if self._timed else None
-            parts.append(
-                module.position_time(torch.cat(contents), torch.from_numpy(positions), buckets)
-            )
-        if not parts:
-            return torch.empty(0, module.config.d_model)
-        x_TD = torch.cat(parts)
+            positions = [places + (1 - prefix), np.zeros(candidates, np.int32)]
+            arrays["positions"] = np.concatenate(positions)
+            if self._timed:
+                arrays["buckets"] = self._buckets(ids, requests, counts)
+        elif features is None:
+            return torch.empty(0, module.config.d_model, device=self._device)
         order = jagged_rows.request_by_request(sequences, starts, prefix)
-        return x_TD if order is None else x_TD[order]
+        if order is not None:
+            arrays["order"] = order
+
+        there = on_device(arrays, self._device)
+        parts: list[Tensor] = []
+        if features is not None:
+            users_TD = self._users_of(there["prefix"]).flatten(0, 1)
+            parts.append(picked(users_TD, there.get("wanted")))
+        if behaviours or candidates:
+            item_content = module.item_content(there["items"])
+            contents: list[Tensor] = []
+            if behaviours:
+                inputs = module.behaviours(item_content[:behaviours], there["signals"].T)
+                contents.append(self._filled_up(module.behaviour_mlp, inputs))
+            if candidates:
+                inputs = module.candidates(
+                    item_content[behaviours:], there["crosses"], there.get("contexts")
+                )
+                contents.append(self._filled_up(module.candidate_mlp, inputs))
+            parts.append(
+                module.position_time(torch.cat(contents), there["positions"], there.get("buckets"))
+            )
+        return picked(torch.cat(parts), there.get("order"))
 
     def _users_of(self, ids_BP: Tensor) -> Tensor:
         """Tokens of U (B, P, D)."""
@@ -152,7 +168,12 @@ class JaggedMTGR:
         return torch.stack(list(projected), dim=1)
 
     def _filled_up(self, compute: Callable[[Tensor], Tensor], x_RE: Tensor) -> Tensor:
-        """``compute(x_RE)``, where a row gives the same bits alone and among any others."""
+        """``compute(x_RE)``, where a row gives the same bits alone and among any others.
+
+        On the CPU; the libraries of other devices choose by more than the number of rows.
+        """
+        if not x_RE.is_cpu:
+            return compute(x_RE)
         count = len(x_RE)
         rows = max(_FEWEST_ROWS, -(-count // self._rows_step) * self._rows_step)
         if rows == count:
@@ -161,16 +182,20 @@ class JaggedMTGR:
 
     def _buckets(
         self, ids_TW: Int32Array, requests: Sequence[EncodedRequest], counts: Sequence[int]
-    ) -> Tensor:
+    ) -> npt.NDArray[Any]:
         bucket = self._module.position_time.buckets(jagged_rows.elapsed_at_request(requests))
         assert bucket is not None
         of_candidates: npt.NDArray[np.int64] = np.repeat(bucket.numpy(), counts)
-        return torch.from_numpy(np.concatenate([ids_TW[:, self._time_column], of_candidates]))
+        return np.concatenate([ids_TW[:, self._time_column], of_candidates])
 
     @torch.inference_mode()
     def outputs(
         self, task: Task, requests: Sequence[EncodedRequest], rows: Tensor
     ) -> Sequence[Tensor]:
         counts = candidate_counts(requests)
-        logits: Tensor = self._module.heads(jagged_rows.answering_rows(rows, counts))
+        answering = jagged_rows.answering_rows(counts)
+        if answering is not None:
+            there = on_device({"answering": answering}, self._device)
+            rows = rows[there["answering"]]
+        logits: Tensor = self._module.heads(rows)
         return logits.split_with_sizes(counts)

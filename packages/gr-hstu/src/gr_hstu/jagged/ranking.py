@@ -6,7 +6,7 @@ batch, C candidates of a batch, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +20,7 @@ from gr_core.stack import TokenSequence
 from gr_core.types import Task
 from gr_hstu.jagged import rows as jagged_rows
 from gr_hstu.jagged.intervals import Int32Array, hstu_intervals
-from gr_hstu.jagged.rows import candidate_counts, joined
+from gr_hstu.jagged.rows import Arrays, candidate_counts, joined, on_device, picked
 from gr_hstu.models import HSTURanking
 from gr_hstu.modules.embeddings import NEVER
 
@@ -39,6 +39,7 @@ class JaggedRanking:
     def __init__(self, module: HSTURanking) -> None:
         config = module.config
         self._module = module
+        self._device = module.items.weight.device
         self._prefix = config.num_prefix_tokens
         self._users = len(module.users)
         self._signals = len(module.signals)
@@ -52,6 +53,9 @@ class JaggedRanking:
         self._time_column = 1 + self._signals
         never = module.position_time.buckets(torch.tensor(NEVER))
         self._never = 0 if never is None else int(never)
+        if self._device.type != "cpu":
+            # Made ahead: what one stream makes, another would not wait for.
+            _ = self._item_table
 
     def sequence(self, request: EncodedRequest) -> TokenSequence:
         config = self._module.config
@@ -113,48 +117,54 @@ class JaggedRanking:
         starts: Sequence[int],
     ) -> Tensor:
         module, prefix = self._module, self._prefix
-        contents: list[Tensor] = []
+        arrays: Arrays = {}
         positions: list[npt.NDArray[Any]] = []
         buckets: list[npt.NDArray[Any]] = []
         features = jagged_rows.prefix_rows(sequences, starts, prefix)
         if features is not None:
-            ids_BP, wanted, prefix_places = features
-            embeddings = module.features(ids_BP[:, : self._users], ids_BP[:, self._users :])
-            content_TD = torch.stack(embeddings, dim=1).flatten(0, 1)
-            contents.append(content_TD if wanted is None else content_TD[wanted])
+            arrays["prefix"], wanted, prefix_places = features
+            if wanted is not None:
+                arrays["wanted"] = wanted
             positions.append(prefix_places)
             buckets.append(np.full(len(prefix_places), self._never))
 
         ids, places = jagged_rows.new_ids(sequences, [max(start, prefix) for start in starts])
-        ids_LW = jagged_rows.by_column(ids)
-        # One look-up for behaviours and candidates.
-        items = torch.cat([ids_LW[:, 0], joined(requests, "candidate_items")])
-        item_content = module.item_content(items)
-        signals_LG = ids_LW[:, 1 : self._time_column]
-        contents.append(module.behaviours(item_content[: len(ids)], signals_LG))
+        arrays["signals"] = jagged_rows.columns(ids[:, 1 : self._time_column])
         # Row `prefix` of the position table is the candidates'.
         positions.append(ids[:, -1] if self._from_end else places + 1)
         if self._timed:
             buckets.append(ids[:, self._time_column])
 
         counts = candidate_counts(requests)
-        crosses_CG = joined(requests, "candidate_features")
-        candidates_CD = module.candidates(item_content[len(ids) :], crosses_CG)
-        context_CG = None
+        # One look-up for behaviours and candidates.
+        arrays["items"] = np.concatenate([ids[:, 0], joined(requests, "candidate_items")])
+        arrays["crosses"] = joined(requests, "candidate_features")
         if module.config.context_placement == "candidate":
-            context_CG = jagged_rows.for_each_candidate(requests, "context_features", counts)
-        contents.append(module.targets(candidates_CD, context_CG))
+            arrays["contexts"] = jagged_rows.for_each_candidate(
+                requests, "context_features", counts
+            )
         positions.append(np.full(sum(counts), prefix))
+        arrays["positions"] = np.concatenate(positions)
         if self._timed:
             buckets.append(self._candidate_buckets(requests, counts))
-
-        x_TD = module.placed(
-            torch.cat(contents),
-            torch.from_numpy(np.concatenate(positions)),
-            torch.from_numpy(np.concatenate(buckets)) if self._timed else None,
-        )
+            arrays["buckets"] = np.concatenate(buckets)
         order = jagged_rows.request_by_request(sequences, starts, prefix)
-        return x_TD if order is None else x_TD[order]
+        if order is not None:
+            arrays["order"] = order
+
+        there = on_device(arrays, self._device)
+        contents: list[Tensor] = []
+        if features is not None:
+            ids_BP = there["prefix"]
+            embeddings = module.features(ids_BP[:, : self._users], ids_BP[:, self._users :])
+            content_TD = torch.stack(embeddings, dim=1).flatten(0, 1)
+            contents.append(picked(content_TD, there.get("wanted")))
+        item_content = module.item_content(there["items"])
+        contents.append(module.behaviours(item_content[: len(ids)], there["signals"].T))
+        candidates_CD = module.candidates(item_content[len(ids) :], there["crosses"])
+        contents.append(module.targets(candidates_CD, there.get("contexts")))
+        x_TD = module.placed(torch.cat(contents), there["positions"], there.get("buckets"))
+        return picked(x_TD, there.get("order"))
 
     def _candidate_buckets(
         self, requests: Sequence[EncodedRequest], counts: Sequence[int]
@@ -171,18 +181,24 @@ class JaggedRanking:
         self, task: Task, requests: Sequence[EncodedRequest], rows: Tensor
     ) -> Sequence[Tensor]:
         counts = candidate_counts(requests)
-        encoded_CD = jagged_rows.answering_rows(rows, counts)
-        logits_CO = self._module.logits(encoded_CD, self._item_outputs(requests))
+        arrays: Arrays = {"items": joined(requests, "candidate_items")}
+        if self._item_table is None:
+            arrays["crosses"] = joined(requests, "candidate_features")
+        answering = jagged_rows.answering_rows(counts)
+        if answering is not None:
+            arrays["answering"] = answering
+        there = on_device(arrays, self._device)
+        encoded_CD = picked(rows, there.get("answering"))
+        logits_CO = self._module.logits(encoded_CD, self._item_outputs(there))
         return logits_CO.split_with_sizes(counts)
 
-    def _item_outputs(self, requests: Sequence[EncodedRequest]) -> Tensor:
+    def _item_outputs(self, there: Mapping[str, Tensor]) -> Tensor:
         """What the item MLP makes of the candidates, (C, D)."""
-        module, items_C = self._module, joined(requests, "candidate_items")
         if self._item_table is not None:
-            return self._item_table[items_C]
-        crosses_CG = joined(requests, "candidate_features")
+            return self._item_table[there["items"]]
+        module = self._module
         item_CD: Tensor = module.item_mlp(
-            module.candidates(module.item_content(items_C), crosses_CG)
+            module.candidates(module.item_content(there["items"]), there["crosses"])
         )
         return item_CD
 
@@ -196,10 +212,13 @@ class JaggedRanking:
         rows = config.num_items + 1
         if len(module.crosses) or 4 * rows * config.d_model > MAX_ITEM_TABLE_BYTES:
             return None
-        table_ID = torch.empty(rows, config.d_model)
+        table_ID = torch.empty(rows, config.d_model, device=self._device)
         with torch.inference_mode():
             for start in range(0, rows, _ITEMS_AT_ONCE):
-                items = torch.arange(start, min(start + _ITEMS_AT_ONCE, rows))
+                stop = min(start + _ITEMS_AT_ONCE, rows)
+                items = torch.arange(start, stop, device=self._device)
                 content = module.candidates(module.item_content(items), None)
-                table_ID[start : start + len(items)] = module.item_mlp(content)
+                table_ID[start:stop] = module.item_mlp(content)
+        if table_ID.is_cuda:
+            torch.cuda.synchronize(self._device)
         return table_ID

@@ -18,10 +18,11 @@ from gr_core.tokens import Norm, Readout, TokenTables
 from gr_core.types import IntArray, Task
 from gr_hstu.jagged.intervals import Int32Array, hstu_intervals
 from gr_hstu.jagged.rows import (
-    by_column,
     candidate_counts,
+    columns,
     joined,
     new_ids,
+    on_device,
     to_content,
     to_ids,
 )
@@ -39,6 +40,7 @@ class JaggedRetrieval:
     def __init__(self, module: HSTURetrieval, items: str = "history_items") -> None:
         """``items`` is the array of the requests that the tokens are read from."""
         self._module = module
+        self._device = module.items.weight.device
         self._items = items
         self._signals = len(module.signals)
         self._timed = module.config.relative_bias
@@ -81,10 +83,10 @@ class JaggedRetrieval:
         starts: Sequence[int],
     ) -> Tensor:
         ids, places = new_ids(sequences, starts)
-        ids_TW = by_column(ids)
-        return self._module.placed(
-            ids_TW[:, 0], ids_TW[:, 1 : 1 + self._signals], torch.from_numpy(places)
-        )
+        arrays = {"ids": columns(ids[:, : 1 + self._signals]), "places": places}
+        there = on_device(arrays, self._device)
+        ids_TW = there["ids"].T
+        return self._module.placed(ids_TW[:, 0], ids_TW[:, 1:], there["places"])
 
     @torch.no_grad()
     def tables(self) -> TokenTables:
@@ -113,6 +115,13 @@ class JaggedRetrieval:
         if task is not Task.RANK:
             return users_RD.unbind(0)
         counts = candidate_counts(requests)
-        items_CD = self._module.item_vectors(joined(requests, "candidate_items"))
-        by_request = items_CD.split_with_sizes(counts)
-        return [items @ user for items, user in zip(by_request, users_RD[..., None], strict=True)]
+        arrays = {"items": joined(requests, "candidate_items")}
+        if rows.is_cpu:
+            items_CD = self._module.item_vectors(on_device(arrays, self._device)["items"])
+            by_request = items_CD.split_with_sizes(counts)
+            return [i @ user for i, user in zip(by_request, users_RD[..., None], strict=True)]
+        # One product for all requests, as each one would be started on its own.
+        arrays["users"] = np.arange(len(counts)).repeat(counts)
+        there = on_device(arrays, self._device)
+        products_CD = self._module.item_vectors(there["items"]) * users_RD[there["users"]]
+        return products_CD.sum(1, keepdim=True).split_with_sizes(counts)

@@ -1,4 +1,4 @@
-"""Tokens as rows of ids, and their order in a batch without padding.
+"""Tokens as rows of ids, their order in a batch without padding, and their way to a device.
 
 Shapes: N tokens of one history, W int32 ids of a token, T tokens of a batch, R some of its rows.
 """
@@ -6,7 +6,8 @@ Shapes: N tokens of one history, W int32 ids of a token, T tokens of a batch, R 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,35 @@ from gr_hstu.jagged.intervals import Int32Array, counting
 from gr_hstu.modules.embeddings import NEVER
 
 Content = npt.NDArray[np.uint8]
+Arrays = dict[str, npt.NDArray[Any]]
+"""Ids, places and buckets by name: integers, and none of them needs more than 32 bits."""
+_CPU = torch.device("cpu")
+
+
+def on_device(arrays: Mapping[str, npt.NDArray[Any]], device: torch.device) -> dict[str, Tensor]:
+    """The arrays as tensors: on the CPU they share memory, elsewhere they are int32.
+
+    To another device they go in one copy, which nobody waits for.
+    """
+    if device == _CPU:
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    sizes = [array.size for array in arrays.values()]
+    packed = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
+    rows = packed.numpy()
+    start = 0
+    for array, size in zip(arrays.values(), sizes, strict=True):
+        rows[start : start + size] = array.reshape(-1)
+        start += size
+    parts = packed.to(device, non_blocking=True).split_with_sizes(sizes)
+    return {
+        name: part.view(array.shape)
+        for (name, array), part in zip(arrays.items(), parts, strict=True)
+    }
+
+
+def picked(x: Tensor, rows: Tensor | None) -> Tensor:
+    """Some rows of x, or all as they are."""
+    return x if rows is None else x[rows]
 
 
 def to_content(ids_NW: Int32Array) -> Content:
@@ -58,20 +88,18 @@ def candidate_counts(requests: Sequence[EncodedRequest]) -> list[int]:
     return [len(request.arrays["candidate_items"]) for request in requests]
 
 
-def joined(requests: Sequence[EncodedRequest], name: str) -> Tensor:
+def joined(requests: Sequence[EncodedRequest], name: str) -> npt.NDArray[Any]:
     """A jagged array of all requests, one after another."""
     if len(requests) == 1:
-        return torch.from_numpy(requests[0].arrays[name])
-    return torch.from_numpy(np.concatenate([request.arrays[name] for request in requests]))
+        return requests[0].arrays[name]
+    return np.concatenate([request.arrays[name] for request in requests])
 
 
 def for_each_candidate(
     requests: Sequence[EncodedRequest], name: str, counts: Sequence[int]
-) -> Tensor:
+) -> npt.NDArray[Any]:
     """A request's features, once for each of its candidates: (candidates, G)."""
-    return torch.from_numpy(
-        np.repeat(np.stack([request.arrays[name] for request in requests]), counts, axis=0)
-    )
+    return np.repeat(np.stack([request.arrays[name] for request in requests]), counts, axis=0)
 
 
 def new_ids(
@@ -85,14 +113,14 @@ def new_ids(
     return np.concatenate(ids), np.concatenate(places)
 
 
-def by_column(ids_RW: Int32Array) -> Tensor:
-    """The rows as a tensor (R, W) of contiguous columns, which makes look-ups cheaper."""
-    return torch.from_numpy(np.ascontiguousarray(ids_RW.T)).T
+def columns(ids_RW: Int32Array) -> Int32Array:
+    """(W, R), contiguous: look-ups of a column are cheaper than of a row's ids."""
+    return np.ascontiguousarray(ids_RW.T)
 
 
 def request_by_request(
     sequences: Sequence[TokenSequence], starts: Sequence[int], prefix: int
-) -> Tensor | None:
+) -> npt.NDArray[np.int64] | None:
     """Where each token of a batch stands among all prefix tokens, behaviours, candidates, (T,).
 
     None for one request, whose tokens are in that order already.
@@ -111,12 +139,12 @@ def request_by_request(
         for i, size in enumerate(sizes):
             order.append(np.arange(place[i], place[i] + size))
             place[i] += size
-    return torch.from_numpy(np.concatenate(order))
+    return np.concatenate(order)
 
 
 def prefix_rows(
     sequences: Sequence[TokenSequence], starts: Sequence[int], prefix: int
-) -> tuple[Tensor, Tensor | None, npt.NDArray[np.int64]] | None:
+) -> tuple[Int32Array, npt.NDArray[np.int64] | None, npt.NDArray[np.int64]] | None:
     """What prefix tokens to compute; None if there are none.
 
     Ids (requests with some, P), which of these (flattened) are wanted if not all, and the places
@@ -128,16 +156,18 @@ def prefix_rows(
     ids_BP = np.stack([to_ids(s.content)[:prefix, 0] for s, _ in fresh])
     places = np.concatenate([np.arange(start, prefix) for _, start in fresh])
     if len(places) == ids_BP.size:
-        return torch.from_numpy(ids_BP), None, places
+        return ids_BP, None, places
     wanted = np.concatenate(
         [np.arange(i * prefix + start, (i + 1) * prefix) for i, (_, start) in enumerate(fresh)]
     )
-    return torch.from_numpy(ids_BP), torch.from_numpy(wanted), places
+    return ids_BP, wanted, places
 
 
-def answering_rows(rows: Tensor, counts: Sequence[int]) -> Tensor:
-    """The rows of candidates; a request without any has brought one that nobody asked for."""
+def answering_rows(counts: Sequence[int]) -> npt.NDArray[np.int64] | None:
+    """Which rows are those of candidates, if not all.
+
+    A request without any has brought one that nobody asked for.
+    """
     if all(counts):
-        return rows
-    wanted = np.concatenate([np.full(max(c, 1), c > 0) for c in counts])
-    return rows[torch.from_numpy(wanted)]
+        return None
+    return np.flatnonzero(np.concatenate([np.full(max(c, 1), c > 0) for c in counts]))
