@@ -34,7 +34,7 @@ MOST_QUERIES = 4096
 Configuration = Mapping[str, int]
 
 
-def CONFIGURATIONS(dtype: str, sizes: Mapping[str, int]) -> list[dict[str, int]]:  # noqa: N802
+def CONFIGURATIONS(dtype: str, sizes: Mapping[str, int]) -> list[dict[str, int]]:
     """Launches worth trying for these sizes, the default first; see `attend` for the sizes."""
     size, queries = max(sizes["d_qk"], sizes["d_v"]), sizes["queries"]
     width = size * (4 if dtype == "float32" else 2)
@@ -188,11 +188,16 @@ def hstu_attention(
     def here(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return tensor.to(q_THK.device, dtype, non_blocking=True).contiguous()
 
+    q_THK, k_SHK, v_SHV = (x if x.stride(2) == 1 else x.contiguous() for x in (q_THK, k_SHK, v_SHV))
     return attend(
-        *(x if x.stride(2) == 1 else x.contiguous() for x in (q_THK, k_SHK, v_SHV)),
+        q_THK,
+        k_SHK,
+        v_SHV,
         here(query_offsets, torch.int64),
         here(key_offsets, torch.int64),
-        *(here(places, torch.int32) for places in (low_T, high_T, own_T)),
+        here(low_T, torch.int32),
+        here(high_T, torch.int32),
+        here(own_T, torch.int32),
         alpha,
         divisor,
         most_queries,
@@ -218,9 +223,8 @@ def _check(q_THK: Tensor, k_SHK: Tensor, v_SHV: Tensor) -> str:
 
 def _aligned(rows: Tensor) -> int:
     """Bytes, at most 16, that all rows are aligned to, and those of blocks of such rows."""
-    _, heads, columns = rows.shape
-    numbers = (16, *(n * rows.element_size() for n in (columns, rows.stride(0), rows.stride(1))))
-    return math.gcd(*numbers, rows.data_ptr())
+    numbers = (rows.shape[2], rows.stride(0), rows.stride(1))
+    return math.gcd(16, rows.data_ptr(), *(n * rows.element_size() for n in numbers))
 
 
 @functools.cache

@@ -60,8 +60,11 @@ def biased(
     P: tl.constexpr,
     BUCKETS: tl.constexpr,
 ):
-    """Adds the biases of pairs to their scores. All of one shape, or broadcast to that; ``pair_ptr``
-    and ``times_ptr`` point to what belongs to the place; P and BUCKETS are 0 without the tables."""
+    """Adds the biases of pairs to their scores.
+
+    All of one shape, or broadcast to that; ``pair_ptr`` and ``times_ptr`` point to what belongs to
+    the place; P and BUCKETS are 0 without the tables.
+    """
     if pair_ptr is not None:
         score += tl.load(pair_ptr, mask=real, other=0.0)
     if P:
@@ -77,43 +80,28 @@ def biased(
 
 
 @triton.jit
-def rows_of(
-    place,
-    real,
-    count,
-    address_ptr,
-    k_row_ptr,
-    v_row_ptr,
-    k_token_stride,
-    v_token_stride,
-    k_in_block,
-    v_in_block,
-    D_QK: tl.constexpr,
-    D_V: tl.constexpr,
-    CACHED: tl.constexpr,
-    K_ALIGNED: tl.constexpr,
-    V_ALIGNED: tl.constexpr,
-):
-    """Pointers to where the K and the V of places begin: in blocks before ``count``, else in rows.
-
-    Real places are those that may be looked up; others give pointers that may not be read.
-    """
-    wide = place.to(tl.int64)
-    k_ptrs, v_ptrs = k_row_ptr + wide * k_token_stride, v_row_ptr + wide * v_token_stride
+def block_of(place, real, count, address_ptr, CACHED: tl.constexpr):
+    """The addresses of the blocks that places are in; 0 of those in no block and those not real."""
+    address = None
     if CACHED:
-        type_ptr: tl.constexpr = k_row_ptr.dtype
-        item: tl.constexpr = type_ptr.element_ty.primitive_bitwidth // 8
-        in_block = place < count
-        address = tl.load(address_ptr + place // BLOCK, mask=real & in_block, other=0)
-        at = place % BLOCK
-        k_address = address + k_in_block + at * (D_QK * item)
-        v_address = address + v_in_block + at * (D_V * item)
+        address = tl.load(address_ptr + place // BLOCK, mask=real & (place < count), other=0)
+    return address
+
+
+@triton.jit
+def row_of(place, address, row_ptr, stride, in_block, D: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointers to where the K or V of places begin: in blocks where there is one, else in rows.
+
+    The place 0 would be at ``row_ptr``; the head's part of a block begins at its byte ``in_block``.
+    """
+    ptr = row_ptr + place.to(tl.int64) * stride
+    if address is not None:
+        item: tl.constexpr = row_ptr.dtype.element_ty.primitive_bitwidth // 8
+        inside = address + in_block + place % BLOCK * (D * item)
         # In terms of addresses, as those of blocks are.
-        k_address = tl.where(in_block, k_address, k_ptrs.to(tl.int64))
-        v_address = tl.where(in_block, v_address, v_ptrs.to(tl.int64))
-        k_ptrs = tl.multiple_of(k_address.to(type_ptr), K_ALIGNED)
-        v_ptrs = tl.multiple_of(v_address.to(type_ptr), V_ALIGNED)
-    return k_ptrs, v_ptrs
+        either = tl.where(address != 0, inside, ptr.to(tl.int64))
+        ptr = tl.multiple_of(either.to(row_ptr.dtype), ALIGNED)
+    return ptr
 
 
 @triton.jit
@@ -234,8 +222,6 @@ def attend(
         some_M = real_M & (low_M < high_M)
         lowest = tl.min(tl.where(some_M, low_M, LARGEST_INT))
         highest = tl.max(tl.where(some_M, high_M, 0))
-        all_from = tl.max(tl.where(real_M, low_M, 0))
-        all_to = tl.min(tl.where(real_M, high_M, LARGEST_INT))
 
         q_row_ptr = q_ptr + start * q_token_stride + head.to(tl.int64) * q_head_stride
         q_at_MK = row_M[:, None] * q_token_stride + k_column[None, :]
@@ -267,81 +253,18 @@ def attend(
             next_time_M1 = next_time_M[:, None]
 
         a_MV = tl.zeros([M, V], tl.float32)
-        for from_key in range(lowest // BLOCK * BLOCK, highest, N):
-            key_N = from_key + tl.arange(0, N)
-            k_ptr_N, v_ptr_N = rows_of(
-                key_N,
-                key_N < highest,
-                count,
-                address_ptr,
-                k_row_ptr,
-                v_row_ptr,
-                k_token_stride,
-                v_token_stride,
-                k_in_block,
-                v_in_block,
-                D_QK,
-                D_V,
-                CACHED,
-                K_ALIGNED,
-                V_ALIGNED,
-            )
-            real_NK = columns_mask(key_N < highest, k_column, D_QK, K)
-            real_NV = columns_mask(key_N < highest, v_column, D_V, V)
-            k_NK = tl.load(k_ptr_N[:, None] + k_column[None, :], mask=real_NK, other=0.0)
-            v_NV = tl.load(v_ptr_N[:, None] + v_column[None, :], mask=real_NV, other=0.0)
-            score_MN = tl.dot(q_MK, tl.trans(k_NK), input_precision="tf32x3") * alpha
-            if HAS_BIAS:
-                pair_ptr_MN, times_ptr_1N = None, None
-                if pair_ptr is not None:
-                    pair_ptr_MN = pair_row_ptr[:, None] + key_N[None, :]
-                if BUCKETS:
-                    times_ptr_1N = times_row_ptr + key_N[None, :]
-                score_MN = biased(
-                    score_MN,
-                    key_N[None, :],
-                    real_M[:, None] & (key_N < highest)[None, :],
-                    pair_ptr_MN,
-                    history,
-                    position_ptr,
-                    position_M1,
-                    time_ptr,
-                    threshold_ptr,
-                    times_ptr_1N,
-                    next_time_M1,
-                    P,
-                    BUCKETS,
-                )
-            weight_MN = silu(score_MN, TANH)
-            if (from_key < all_from) | (from_key + N > all_to):
-                sees_MN = (key_N[None, :] >= low_M[:, None]) & (key_N[None, :] < high_M[:, None])
-                weight_MN = tl.where(sees_MN, weight_MN, 0.0)
-            a_MV = tl.dot(weight_MN.to(dtype), v_NV, a_MV, input_precision="tf32x3")
-
         if any_apart:
-            k_ptr_M, v_ptr_M = rows_of(
-                own_M,
-                apart_M,
-                count,
-                address_ptr,
-                k_row_ptr,
-                v_row_ptr,
-                k_token_stride,
-                v_token_stride,
-                k_in_block,
-                v_in_block,
-                D_QK,
-                D_V,
-                CACHED,
-                K_ALIGNED,
-                V_ALIGNED,
+            address_M = block_of(own_M, apart_M, count, address_ptr, CACHED)
+            k_ptr_M = row_of(
+                own_M, address_M, k_row_ptr, k_token_stride, k_in_block, D_QK, K_ALIGNED
+            )
+            v_ptr_M = row_of(
+                own_M, address_M, v_row_ptr, v_token_stride, v_in_block, D_V, V_ALIGNED
             )
             apart_MK = columns_mask(apart_M, k_column, D_QK, K)
             apart_MV = columns_mask(apart_M, v_column, D_V, V)
             own_MK = tl.load(k_ptr_M[:, None] + k_column[None, :], mask=apart_MK, other=0.0)
-            # Read anew, so that nothing holds it in registers during the loop.
-            again_MK = tl.load(q_row_ptr + q_at_MK, mask=real_MK, other=0.0)
-            score_M = tl.sum(again_MK.to(tl.float32) * own_MK.to(tl.float32), axis=1) * alpha
+            score_M = tl.sum(q_MK.to(tl.float32) * own_MK.to(tl.float32), axis=1) * alpha
             if HAS_BIAS:
                 pair_ptr_M, times_ptr_M = None, None
                 if pair_ptr is not None:
@@ -365,7 +288,56 @@ def attend(
                 )
             weight_M = tl.where(apart_M, silu(score_M, TANH), 0.0)
             own_MV = tl.load(v_ptr_M[:, None] + v_column[None, :], mask=apart_MV, other=0.0)
-            a_MV += weight_M[:, None] * own_MV.to(tl.float32)
+            a_MV = weight_M[:, None] * own_MV.to(tl.float32)
+
+        # Without any key to see, lowest is behind them all, too far to count from.
+        from_block = tl.minimum(lowest, highest) // BLOCK * BLOCK
+        # One step ahead, so that no step waits for it.
+        from_N = from_block + tl.arange(0, N)
+        next_N = block_of(from_N, from_N < highest, count, address_ptr, CACHED)
+        # From 0 on: of another begin Triton knows too little to see that rows are contiguous.
+        for step in range(0, highest - from_block, N):
+            from_key = from_block + step
+            key_N = from_key + tl.arange(0, N)
+            address_N = next_N
+            if CACHED:
+                next_N = block_of(key_N + N, key_N + N < highest, count, address_ptr, CACHED)
+            k_ptr_N = row_of(
+                key_N, address_N, k_row_ptr, k_token_stride, k_in_block, D_QK, K_ALIGNED
+            )
+            v_ptr_N = row_of(
+                key_N, address_N, v_row_ptr, v_token_stride, v_in_block, D_V, V_ALIGNED
+            )
+            real_NK = columns_mask(key_N < highest, k_column, D_QK, K)
+            real_NV = columns_mask(key_N < highest, v_column, D_V, V)
+            k_NK = tl.load(k_ptr_N[:, None] + k_column[None, :], mask=real_NK, other=0.0)
+            v_NV = tl.load(v_ptr_N[:, None] + v_column[None, :], mask=real_NV, other=0.0)
+            score_MN = tl.dot(q_MK, tl.trans(k_NK), input_precision="tf32x3") * alpha
+            if HAS_BIAS:
+                pair_ptr_MN, times_ptr_1N = None, None
+                if pair_ptr is not None:
+                    pair_ptr_MN = tl.expand_dims(pair_row_ptr, 1) + key_N[None, :]
+                if BUCKETS:
+                    times_ptr_1N = times_row_ptr + key_N[None, :]
+                score_MN = biased(
+                    score_MN,
+                    key_N[None, :],
+                    real_M[:, None] & (key_N < highest)[None, :],
+                    pair_ptr_MN,
+                    history,
+                    position_ptr,
+                    position_M1,
+                    time_ptr,
+                    threshold_ptr,
+                    times_ptr_1N,
+                    next_time_M1,
+                    P,
+                    BUCKETS,
+                )
+            weight_MN = silu(score_MN, TANH)
+            sees_MN = (key_N[None, :] >= low_M[:, None]) & (key_N[None, :] < high_M[:, None])
+            weight_MN = tl.where(sees_MN, weight_MN, 0.0)
+            a_MV = tl.dot(weight_MN.to(dtype), v_NV, a_MV, input_precision="tf32x3")
 
         a_row_ptr = a_head_ptr + start * a_token_stride
         real_MV = columns_mask(real_M, v_column, D_V, V)
