@@ -108,8 +108,8 @@ def audit(cache: PagedCache) -> None:
             assert (place.node is not None) == (place in used)
             assert place.address % 64 == 0  # type: ignore[attr-defined]
         reserved += sum(slab.bytes for slab in share.slabs)  # type: ignore[attr-defined]
-        if store.file is not None:
-            slots = store.file.shares[tree]
+        if store.slots is not None:
+            slots = store.slots.shares[tree]
             there = [place for slab in slots.slabs for place in slab.places]
             taken = {n.slot for n in nodes if n.slot is not None}
             assert len(there) == slots.places == len(slots.free) + len(taken)
@@ -138,8 +138,8 @@ def audit(cache: PagedCache) -> None:
                 marked.setdefault(mark, set()).add(node)
             free = node.block is not None and not node.pins and not node.in_memory
             assert (node in share.queue) == free
-            if store.file is not None:
-                slots = store.file.shares[tree]
+            if store.slots is not None:
+                slots = store.slots.shares[tree]
                 in_use = node.block is None and (node.count or node.pins)
                 assert (node in slots.queue) == (node.slot is not None and not in_use)
         assert set(share.queue) <= set(nodes)

@@ -359,12 +359,37 @@ class EntryCache(Cache, Protocol):
         ...
 
 
+class Arrivals(Protocol):
+    """Blocks on their way to a device, layer by layer. Leases of one batch may share one."""
+
+    def start(self) -> None:
+        """Begins to copy what all leases need that were acquired until now; `wait` does it too."""
+        ...
+
+    def wait(self, layer: int) -> None:
+        """Lets what is launched next on the current stream wait for a layer; at once for us.
+
+        A layer of the blocks may be read or written then, and so may those before it.
+        """
+        ...
+
+
 class BlockLease(Protocol):
-    """Memory for the tokens of one sequence, held until it is released."""
+    """Memory for the tokens of one sequence, held until it is released.
+
+    On a device, the stream that computes has to wait for the ``arrivals``, and whoever commits or
+    releases has waited for that stream: then nothing is being read from the blocks or written to
+    them. A lease may be released without its arrivals having been waited for.
+    """
 
     @property
     def blocks(self) -> npt.NDArray[np.uintp]:
         """Addresses of the sequence's blocks, in order, shape (blocks,)."""
+        ...
+
+    @property
+    def arrivals(self) -> Arrivals | None:
+        """What to wait for before a block is read or written; None if there is nothing to."""
         ...
 
     @property
@@ -385,8 +410,34 @@ class BlockLease(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """How fast a machine loads and computes: what takes longer to load than to compute is computed.
+
+    Raises ValueError for what is not positive; the latency may be 0.
+    """
+
+    bytes_per_second: float
+    """That come to where a space's blocks are from what stands behind."""
+    costs_per_second: float
+    """That are computed, in the unit of the space."""
+    latency_seconds: float = 0.0
+    """Until the first byte comes."""
+
+    def __post_init__(self) -> None:
+        for name in ("bytes_per_second", "costs_per_second"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: {getattr(self, name)}, expected more than 0")
+        if not self.latency_seconds >= 0:
+            raise ValueError(f"latency_seconds: {self.latency_seconds}, expected at least 0")
+
+
 class BlockSpace(Protocol):
     """The blocks of one user of a `BlockCache`: sequences that share a layout and a meaning."""
+
+    def set_rates(self, rates: Rates) -> None:
+        """Says what is worth loading; until then, and where nothing is loaded, all of it is."""
+        ...
 
     def acquire(
         self, salt: bytes, content: npt.NDArray[np.uint8], reusable: int, owner: str = ""
@@ -422,12 +473,19 @@ class BlockCache(Cache, Protocol):
         block_bytes: int,
         token_cost: float,
         pair_cost: float,
+        device: str = "cpu",
+        layers: int = 1,
     ) -> BlockSpace:
         """A space of its own for everything that ``namespace`` stands for.
 
         That is the model's version, its precision, and what else K and V depend on. Spaces of the
-        same namespace and layout share their blocks. Recomputing token i costs
+        same namespace, layout and device share their blocks. Recomputing token i costs
         ``token_cost + i·pair_cost``, in any unit that is the same for all spaces.
+
+        The blocks are in the memory of ``device``: ``cpu``, ``cuda`` or ``cuda:N``. There they
+        may come late, see `BlockLease.arrivals`; a block is ``layers`` parts of equal size, in the
+        order in which they are needed. A cache that knows no devices need not take these two.
+        Raises ValueError for a device that is not there or that the cache has nothing on.
         """
         ...
 

@@ -6,15 +6,13 @@ giving back whole slabs, so there is nothing to compact.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from typing import TYPE_CHECKING, TypeVar
+
+from gr_kernels.cache.memory import Buffer, Memory
 
 if TYPE_CHECKING:
     from gr_kernels.cache.tree import Node, Tree
 
-ALIGNMENT = 64
-"""Of blocks, in bytes: a cache line, and a register of AVX-512."""
 _SMALLEST, _LARGEST = 1 << 18, 1 << 25
 """Bounds of a slab's size where a block is not larger, in bytes."""
 _PARTS = 64
@@ -47,79 +45,77 @@ class Slab:
 class Block(Place):
     """A place in memory."""
 
-    __slots__ = ("address", "view")
+    __slots__ = ("address",)
 
-    def __init__(self, slab: Slab, address: int, view: memoryview) -> None:
+    def __init__(self, slab: Slab, address: int) -> None:
         super().__init__(slab)
         self.address = address
-        self.view = view
 
 
 class MemorySlab(Slab):
-    """Anonymous memory of this process, filled with zeros at first, on pages touched when used."""
+    """A piece of memory, cut into blocks."""
 
-    __slots__ = ("_memory", "bytes")
+    __slots__ = ("_buffer", "bytes")
 
-    def __init__(self, stride: int, block_bytes: int, count: int) -> None:
+    def __init__(
+        self, buffer: Buffer, size: int, stride: int, count: int, place: type[Block]
+    ) -> None:
         super().__init__()
-        self.bytes = _pages(stride * count)
-        self._memory = mmap.mmap(-1, self.bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        probe = ctypes.c_char.from_buffer(self._memory)
-        base = ctypes.addressof(probe)
-        del probe  # or the memory could not be given back
-        with memoryview(self._memory) as whole:
-            for i in range(count):
-                view = whole[i * stride : i * stride + block_bytes]
-                self.places.append(Block(self, base + i * stride, view))
+        self._buffer = buffer
+        self.bytes = size
+        self.places += [place(self, buffer.address + i * stride) for i in range(count)]
 
     def free(self) -> None:
-        for block in self.places:
-            assert isinstance(block, Block)
-            block.view.release()
         self.places.clear()
-        self._memory.close()
+        self._buffer.free()
 
 
 class Arena:
-    """Slabs of memory, together never more than ``capacity_bytes``."""
+    """Slabs of a memory, together never more than ``capacity_bytes``, with places of a kind."""
 
-    def __init__(self, capacity_bytes: int) -> None:
+    def __init__(self, capacity_bytes: int, memory: Memory, place: type[Block] = Block) -> None:
         self.capacity = capacity_bytes
         self.reserved = 0
+        self._memory = memory
+        self._place = place
         self._target = min(max(capacity_bytes // _PARTS, _SMALLEST), _LARGEST)
+        self._refused = False
+        """Whether the system had no more, since a slab was given back."""
 
     def stride(self, block_bytes: int) -> int:
         """Bytes from one block to the next."""
-        return -(-block_bytes // ALIGNMENT) * ALIGNMENT
+        alignment = self._memory.alignment
+        return -(-block_bytes // alignment) * alignment
 
     def most(self, block_bytes: int) -> int:
         """Blocks of one size that could be had at best."""
-        return self.capacity // mmap.PAGESIZE * mmap.PAGESIZE // self.stride(block_bytes)
+        return self._floor(self.capacity) // self.stride(block_bytes)
 
     def slab_for(self, tree: Tree) -> MemorySlab | None:
         """A new slab for a tree's blocks; None if there is not room for one."""
-        block_bytes = tree.layout.block_bytes
-        stride = self.stride(block_bytes)
+        stride = self.stride(tree.layout.block_bytes)
         count = min(max(1, self._target // stride), self._left() // stride)
-        if not count:
+        if not count or self._refused:
             return None
-        try:
-            slab = MemorySlab(stride, block_bytes, count)
-        except OSError:  # the system has no more
+        size = -self._floor(-stride * count)
+        buffer = self._memory.allocate(size)
+        if buffer is None:
+            self._refused = True  # asking is slow, most of all on a device
             return None
-        self.reserved += slab.bytes
-        return slab
+        self.reserved += size
+        return MemorySlab(buffer, size, stride, count, self._place)
 
     def full(self, tree: Tree) -> bool:
-        return self._left() < self.stride(tree.layout.block_bytes)
-
-    def _left(self) -> int:
-        return (self.capacity - self.reserved) // mmap.PAGESIZE * mmap.PAGESIZE
+        return self._refused or self._left() < self.stride(tree.layout.block_bytes)
 
     def give_back(self, slab: MemorySlab) -> None:
         self.reserved -= slab.bytes
+        self._refused = False
         slab.free()
 
+    def _left(self) -> int:
+        return self._floor(self.capacity - self.reserved)
 
-def _pages(size: int) -> int:
-    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    def _floor(self, size: int) -> int:
+        """The next multiple of the memory's granularity, downwards."""
+        return size // self._memory.granularity * self._memory.granularity

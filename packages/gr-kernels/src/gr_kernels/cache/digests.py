@@ -11,12 +11,16 @@ import hashlib
 DIGEST_BYTES = 32
 
 
-def namespace_digest(namespace: bytes, block_tokens: int, block_bytes: int, width: int) -> bytes:
+def namespace_digest(
+    namespace: bytes, block_tokens: int, block_bytes: int, width: int, layers: int = 1
+) -> bytes:
     """What all digests of a tree begin with."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES, person=b"gr.kv.namespace")
     for number in (block_tokens, block_bytes, width, len(namespace)):
         digest.update(number.to_bytes(8, "little"))
     digest.update(namespace)
+    if layers > 1:  # the length of what comes before is known
+        digest.update(layers.to_bytes(8, "little"))
     return digest.digest()
 
 

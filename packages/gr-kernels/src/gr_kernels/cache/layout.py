@@ -16,6 +16,8 @@ class Layout:
     """K and V of a block's tokens."""
     width: int
     """Bytes of a token's content."""
+    layers: int = 1
+    """Parts of a block, of equal size, in the order in which they are needed."""
 
     @property
     def rows_bytes(self) -> int:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import threading
+from math import inf
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from gr_core.contracts import Arrivals
 from gr_kernels.cache.arena import Block
 from gr_kernels.cache.digests import chain, owner_digest, root_digest
+from gr_kernels.cache.rates import most_saving
 from gr_kernels.cache.store import Holder, Store
 from gr_kernels.cache.tree import Node, Tree
 
@@ -18,6 +22,7 @@ class PagedLease(Holder):
 
     __slots__ = (
         "_addresses",
+        "_arrivals",
         "_blocks",
         "_committed",
         "_data",
@@ -67,6 +72,7 @@ class PagedLease(Holder):
         self._tail: Node | None = None
         """The node after `_full`, where this lease may write behind its tokens."""
         self._committed = self._reused = 0
+        self._arrivals: Arrivals | None = None
 
     @property
     def tree(self) -> Tree:
@@ -79,6 +85,10 @@ class PagedLease(Holder):
     @property
     def blocks(self) -> npt.NDArray[np.uintp]:
         return self._addresses
+
+    @property
+    def arrivals(self) -> Arrivals | None:
+        return self._arrivals
 
     @property
     def reused(self) -> int:
@@ -118,6 +128,7 @@ class PagedLease(Holder):
             self._blocks.append(block)
         self._reused = self._committed
         self._addresses = np.array([block.address for block in self._blocks], np.uintp)
+        self._arrivals = store.copies.arrivals()
         return True
 
     def give_back(self) -> None:
@@ -138,14 +149,18 @@ class PagedLease(Holder):
     # ── What is there ─────────────────────────────────────────────────────────────────────────
 
     def _reuse(self, limit: int) -> None:
-        """Takes the blocks of at most ``limit`` tokens that are known."""
+        """Takes the blocks of at most ``limit`` tokens that are known and worth it."""
         store, tree, node = self._store, self._tree, self.node
         size, width = tree.layout.block_tokens, tree.layout.width
-        for digest in self._digests[: limit // size]:
+        worth: _Worth | None = None
+        for i, digest in enumerate(self._digests[: limit // size]):
             child = tree.index.get(digest)
             if child is None:
                 break
             if child.block is None:
+                worth = worth or self._worth(node, i, limit)
+                if i >= worth.blocks:
+                    break
                 store.pin(self, node)
                 if not store.load(child):
                     break
@@ -155,15 +170,16 @@ class PagedLease(Holder):
             node = child
         store.pin(self, node)
         self._full, self._next = node, len(self._blocks)
+        worth = worth or self._worth(node, self._next, limit)
         start = self._committed = self._next * size
         if start < limit:
             chunk = self._data[start * width : (start + size) * width]
-            self._reuse_part(chunk, min(limit - start, size))
+            self._reuse_part(chunk, min(limit - start, size), worth.part)
 
-    def _reuse_part(self, chunk: bytes, limit: int) -> None:
+    def _reuse_part(self, chunk: bytes, limit: int, may_load: bool) -> None:
         """Takes as many tokens of one more block as any node has, ``limit`` at most."""
         store, tree = self._store, self._tree
-        node, common = self._most_alike(chunk, limit)
+        node, common = self._most_alike(self._full, chunk, limit, may_load)
         if node is None:
             return
         # Where it is all that the sequence has of this block, the block will only be read.
@@ -185,12 +201,16 @@ class PagedLease(Holder):
         tree.touch(node, store.clock)
         self._committed += common
 
-    def _most_alike(self, chunk: bytes, limit: int) -> tuple[Node | None, int]:
+    def _most_alike(
+        self, parent: Node, chunk: bytes, limit: int, may_load: bool
+    ) -> tuple[Node | None, int]:
         """The node with the most tokens in common with the next block, and how many."""
         tree, width = self._tree, self._tree.layout.width
         best: Node | None = None
         rank = (0, False, False)
-        for node in list(tree.alike(self._full, chunk[:width])):
+        for node in list(tree.alike(parent, chunk[:width])):
+            if node.block is None and not may_load:
+                continue
             # A block that is being written to is left alone.
             rows = None if node.writer is not None else self._store.rows(node)
             if rows is None:
@@ -200,6 +220,39 @@ class PagedLease(Holder):
             if found > rank:
                 best, rank = node, found
         return best, rank[0]
+
+    def _worth(self, node: Node, first: int, limit: int) -> _Worth:
+        """What saves the most time of the blocks after ``node``, of which ``first`` is the next.
+
+        None of them are in memory, but perhaps the begin of another one that is like the first.
+        """
+        tree, rates = self._tree, self._tree.rates
+        size, width = tree.layout.block_tokens, tree.layout.width
+        if rates is None:
+            return _ALL
+
+        def alike(i: int, after: Node, may_load: bool) -> tuple[Node | None, int]:
+            start = i * size
+            chunk = self._data[start * width : (start + size) * width]
+            return self._most_alike(after, chunk, min(limit - start, size), may_load)
+
+        def seconds(i: int, tokens: int) -> float:
+            return tree.cost(i * size, tokens) / rates.costs_per_second
+
+        instead = seconds(first, alike(first, node, False)[1])
+        saved, i = [], first
+        for digest in self._digests[first : limit // size]:
+            child = tree.index.get(digest)
+            if child is None:
+                break
+            saved.append(seconds(i, size))
+            node, i = child, i + 1
+        part, common = alike(i, node, True)
+        if part is not None and part.block is None:
+            saved.append(seconds(i, common))
+        per_block = tree.layout.block_bytes / rates.bytes_per_second
+        best = first + most_saving(saved, per_block, rates.latency_seconds, instead)
+        return _Worth(best, best > i)
 
     # ── What is new ───────────────────────────────────────────────────────────────────────────
 
@@ -289,6 +342,18 @@ class PagedLease(Holder):
                 if known is not None and rows.startswith(known):
                     store.move_marks(other, node)
                     store.drop(other)
+
+
+class _Worth(NamedTuple):
+    """What is worth loading."""
+
+    blocks: float
+    """Of the sequence, counted from its first; full ones."""
+    part: bool
+    """Whether a part of one more is."""
+
+
+_ALL = _Worth(inf, True)
 
 
 def _common_tokens(rows: bytes, chunk: bytes, limit: int, width: int) -> int:

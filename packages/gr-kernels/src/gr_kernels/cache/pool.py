@@ -1,4 +1,4 @@
-"""Who has which places, and who must make room: the same rules for memory and for the file.
+"""Who has which places, and who must make room: the same rules for memory and what is behind.
 
 Each tree has a share of slabs. When nothing is free, it evicts its own least valuable block, or
 takes the least valuable slab of another tree where all of that is worth less.
@@ -66,7 +66,7 @@ class Queue:
 
 
 class SlabSource(Protocol):
-    """Where slabs come from: the arena, or the file."""
+    """Where slabs come from: the arena, or the tier behind it."""
 
     def slab_for(self, tree: Tree) -> Slab | None: ...
 

@@ -11,13 +11,72 @@ What holds of every node, between calls:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
-from gr_kernels.cache.arena import Arena, Block, Slab
+from gr_kernels.cache.arena import Arena, Block, Place, Slab
 from gr_kernels.cache.layout import Layout
-from gr_kernels.cache.pool import Pool
-from gr_kernels.cache.tier import FileTier, Record, Slot
+from gr_kernels.cache.memory import Copies
+from gr_kernels.cache.pool import Pool, SlabSource
+from gr_kernels.cache.tier import Record
 from gr_kernels.cache.tree import ANYONE, MAX_MARKS, Node, Tree
+
+
+class Tier(SlabSource, Protocol):
+    """What stands behind the memory: a file, or the host's memory behind a device's.
+
+    The slots are its own.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def option(self) -> str:
+        """Which option of the cache its size is."""
+        ...
+
+    @property
+    def outlives(self) -> bool:
+        """Whether it is there after the process."""
+        ...
+
+    @property
+    def capacity(self) -> int:
+        """In bytes."""
+        ...
+
+    def fits(self, tree: Tree) -> bool:
+        """Whether a slab has room for a block."""
+        ...
+
+    def slot_bytes(self, layout: Layout) -> int: ...
+
+    def slabs(self) -> Iterable[tuple[Slab, Layout, list[Record]]]:
+        """What was there before; called once."""
+        ...
+
+    def save(self, node: Node, slot: Any) -> bool:
+        """Takes over a node's block; False if that failed, and the slot is as good as empty."""
+        ...
+
+    def describe(self, node: Node, slot: Any) -> object:
+        """Its owners changed."""
+        ...
+
+    def load(self, node: Node, slot: Any, block: Block) -> bytes | None:
+        """Fills a block and returns its tokens' content; None if it is damaged."""
+        ...
+
+    def rows(self, node: Node, slot: Any) -> bytes | None:
+        """The content of a block's tokens; None if it is damaged."""
+        ...
+
+    def erase(self, slot: Any, tree: Tree, *, wipe: bool) -> None:
+        """Forgets a block; with ``wipe`` nothing of it may outlive the process."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class Holder:
@@ -35,25 +94,26 @@ class Holder:
 
 
 class Store:
-    """Memory of at most ``capacity_bytes``, and a file behind it if there is a ``tier``."""
+    """Memory of one device, and a tier behind it if there is one."""
 
-    def __init__(self, capacity_bytes: int, tier: FileTier | None) -> None:
-        self.arena = Arena(capacity_bytes)
+    def __init__(self, arena: Arena, copies: Copies, tier: Tier | None = None) -> None:
+        self.arena = arena
+        self.copies = copies
         self.memory: Pool[Block] = Pool(self.arena, self._demote, self._held)
         self.tier = tier
-        self.file: Pool[Slot] | None = None
+        self.slots: Pool[Place] | None = None
         self.trees: dict[bytes, Tree] = {}
         self.holders: set[Holder] = set()
         self.owners: dict[bytes, set[Node]] = {}
         self.clock = 0.0
         """Value of the most valuable block that was evicted, see `Tree.touch`."""
         self.closed = False
-        self.evictions = self.file_evictions = 0
-        self.file_hits = 0
-        """Tokens copied back."""
+        self.hits = self.misses = self.evictions = 0
+        self.tier_hits = self.tier_evictions = 0
+        """Tokens copied back, and blocks."""
         if tier is not None:
-            self.file = Pool(tier, self._forget, lambda: _is_loading)
-            self._read_file(tier)
+            self.slots = Pool(tier, self._forget, lambda: _is_loading)
+            self._read(tier)
 
     # ── Nodes ─────────────────────────────────────────────────────────────────────────────────
 
@@ -103,7 +163,7 @@ class Store:
         return self.tier.rows(node, node.slot)
 
     def settle(self, node: Node) -> None:
-        """Says whether a node may be evicted now, from memory and from the file."""
+        """Says whether a node may be evicted now, from memory and from the tier."""
         if node.is_root:
             return
         queue = self.memory.shares[node.tree].queue
@@ -111,8 +171,8 @@ class Store:
             queue.add(node)
         else:
             queue.discard(node)
-        if self.file is not None:
-            queue = self.file.shares[node.tree].queue
+        if self.slots is not None:
+            queue = self.slots.shares[node.tree].queue
             in_use = node.pins or node.count
             if node.slot is not None and (node.block is not None or not in_use):
                 queue.add(node)
@@ -180,8 +240,8 @@ class Store:
             for node in sorted(tree.index.values(), key=lambda node: -node.start):
                 self.prune(node, wipe=True)
             self.memory.shrink(tree)
-            if self.file is not None:
-                self.file.shrink(tree)
+            if self.slots is not None:
+                self.slots.shrink(tree)
             self.retire(tree)
 
     def mark(self, node: Node, mark: bytes) -> None:
@@ -216,10 +276,10 @@ class Store:
         if self.tier is not None and node.slot is not None:
             self.tier.describe(node, node.slot)
 
-    # ── Memory and file ───────────────────────────────────────────────────────────────────────
+    # ── Memory and tier ───────────────────────────────────────────────────────────────────────
 
     def _demote(self, node: Node) -> None:
-        """Empties the block of a node and of all below it, into the file where there is room."""
+        """Empties the block of a node and of all below it, into the tier where there is room."""
         self.clock = max(self.clock, node.priority)
         below = [n for n in node.descendants() if n.block is not None]
         self.evictions += len(below)
@@ -244,19 +304,19 @@ class Store:
         self.settle(parent)
 
     def _save(self, node: Node) -> None:
-        """Writes a node's block to the file, if there is one with room."""
-        if self.file is None or self.tier is None:
+        """Saves a node's block in the tier, if there is one with room."""
+        if self.slots is None or self.tier is None:
             return
-        slot = self.file.place(node.tree)
+        slot = self.slots.place(node.tree)
         if slot is None:
             return
         if self.tier.save(node, slot):
             slot.node, node.slot = node, slot
         else:
-            self.file.free(node.tree, slot)
+            self.slots.free(node.tree, slot)
 
     def load(self, node: Node) -> bool:
-        """Copies a block back from the file; False if there is no memory, or it is damaged."""
+        """Copies a block back from the tier; False if there is no memory, or it is damaged."""
         assert self.tier is not None
         assert node.slot is not None
         node.pins += 1
@@ -266,18 +326,18 @@ class Store:
         self.settle(node)
         if block is None:
             return False
-        rows = self.tier.load(node, node.slot, block.view)
+        rows = self.tier.load(node, node.slot, block)
         if rows is None:
             self.memory.free(node.tree, block)
             self.drop_all(node)
             return False
         self.fill(node, block, rows)
-        self.file_hits += node.tokens
+        self.tier_hits += node.tokens
         return True
 
     def _forget(self, node: Node) -> None:
         """Empties the slot of a node: it stays in memory, or goes with all below it."""
-        self.file_evictions += 1
+        self.tier_evictions += 1
         if node.block is None:
             self.drop_all(node)
         else:
@@ -289,10 +349,10 @@ class Store:
         if slot is None:
             return
         node.slot = None
-        if self.file is not None and self.tier is not None:
+        if self.slots is not None and self.tier is not None:
             self.tier.erase(slot, node.tree, wipe=wipe)
-            self.file.free(node.tree, slot)
-            self.file.shares[node.tree].queue.discard(node)
+            self.slots.free(node.tree, slot)
+            self.slots.shares[node.tree].queue.discard(node)
 
     def copy(self, node: Node) -> Block | None:
         """A leased block with a node's content; None if there is no memory, or it is damaged."""
@@ -305,15 +365,16 @@ class Store:
             return None
         block.leased = True
         if node.block is not None:
-            block.view[:] = node.block.view
+            layout = node.tree.layout
+            self.copies.copy(block.address, node.block.address, layout.block_bytes, layout.layers)
             return block
         assert self.tier is not None
         assert node.slot is not None
-        if self.tier.load(node, node.slot, block.view) is None:
+        if self.tier.load(node, node.slot, block) is None:
             self.memory.free(node.tree, block)
             self.drop_all(node)
             return None
-        self.file_hits += node.tokens
+        self.tier_hits += node.tokens
         return block
 
     def _held(self) -> Callable[[Slab], bool]:
@@ -334,19 +395,21 @@ class Store:
         if tree is None:
             tree = self.trees[layout.namespace] = Tree(layout)
             self.memory.join(tree)
-            if self.file is not None:
-                self.file.join(tree)
+            if self.slots is not None:
+                self.slots.join(tree)
         return tree
 
     def close(self) -> None:
-        """Writes what is in memory to the file, if there is one, and frees what is not held."""
+        """Saves what is in memory if that outlives the process, and frees what is not held."""
         self.closed = True
+        if self.tier is not None and not self.tier.outlives:
+            self.clear()
         for tree in list(self.trees.values()):
             tree.users = 0
             self.retire(tree)
         if self.tier is not None:
             self.tier.close()
-            self.tier = self.file = None
+            self.tier = self.slots = None
 
     def retire(self, tree: Tree) -> None:
         """Empties the memory of a tree without users, as far as nobody holds it."""
@@ -361,17 +424,17 @@ class Store:
     def _forget_tree(self, tree: Tree) -> None:
         del self.trees[tree.layout.namespace]
         del self.memory.shares[tree]
-        if self.file is not None:
-            self.file.shrink(tree)
-            del self.file.shares[tree]
+        if self.slots is not None:
+            self.slots.shrink(tree)
+            del self.slots.shares[tree]
 
-    def _read_file(self, tier: FileTier) -> None:
-        """Rebuilds the trees of the blocks in the file, without those that lost their prefix."""
-        assert self.file is not None
+    def _read(self, tier: Tier) -> None:
+        """Rebuilds the trees of the blocks in the tier, without those that lost their prefix."""
+        assert self.slots is not None
         found: dict[Tree, list[Record]] = {}
         for slab, layout, records in tier.slabs():
             tree = self.tree(layout)
-            self.file.adopt(tree, slab, {record.slot for record in records})
+            self.slots.adopt(tree, slab, {record.slot for record in records})
             found.setdefault(tree, []).extend(records)
         for tree, records in found.items():
             for record in sorted(records, key=lambda record: record.start):
@@ -380,11 +443,11 @@ class Store:
                 self.prune(node, wipe=False)
             for node in tree.index.values():
                 self.settle(node)
-            self.file.shrink(tree)
+            self.slots.shrink(tree)
             self.retire(tree)
 
     def _attach(self, tree: Tree, record: Record) -> None:
-        assert self.file is not None
+        assert self.slots is not None
         assert self.tier is not None
         parent = tree.index.get(record.parent) if record.start else tree.root(record.parent)
         size, width = tree.layout.block_tokens, tree.layout.width
@@ -396,7 +459,7 @@ class Store:
         )
         if not sound or parent is None:
             self.tier.erase(record.slot, tree, wipe=False)
-            self.file.free(tree, record.slot)
+            self.slots.free(tree, record.slot)
             if parent is not None and parent.is_root:
                 self._settle_root(parent)
             return
@@ -410,5 +473,5 @@ class Store:
 
 
 def _is_loading(slab: Slab) -> bool:
-    """Whether a block of a slab of the file is just being copied to memory."""
+    """Whether a block of a slab of the tier is just being copied to memory."""
     return any(p.node is not None and p.node.block is None and p.node.pins for p in slab.places)

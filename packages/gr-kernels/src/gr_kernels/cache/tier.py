@@ -21,6 +21,7 @@ but a mapped file kills the process when the disk is full or somebody truncates 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import logging
@@ -33,9 +34,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gr_kernels.cache.arena import Place, Slab
+from gr_kernels.cache.arena import Block, Place, Slab
 from gr_kernels.cache.digests import chain
 from gr_kernels.cache.layout import Layout
+from gr_kernels.cache.memory import view
 
 if TYPE_CHECKING:
     from gr_kernels.cache.tree import Node, Tree
@@ -95,12 +97,15 @@ class Record:
 class FileTier:
     """A bounded file of slots. Not thread-safe."""
 
+    option = "file_bytes"
+    outlives = True
+
     def __init__(self, path: str, size: int) -> None:
         """Opens or makes the file; what is in it and cannot be used is forgotten.
 
         Raises ValueError for a path that cannot be used, or that another process uses.
         """
-        self.path = path
+        self.path = self.name = path
         room = size - _PAGE
         self._slab_bytes = min(max(size // _PARTS, _SMALLEST), _LARGEST) // _PAGE * _PAGE
         self._count = room // self._slab_bytes
@@ -157,6 +162,9 @@ class FileTier:
             found = (self._record(slot, layout) for slot in slab.places)
             yield slab, layout, [record for record in found if record is not None]
 
+    def slot_bytes(self, layout: Layout) -> int:
+        return slot_bytes(layout)
+
     def _slab(self, number: int, layout: Layout) -> FileSlab:
         slab = FileSlab(number)
         first, size = self._offset(number) + _PAGE, slot_bytes(layout)
@@ -175,8 +183,9 @@ class FileTier:
         assert node.block is not None
         assert node.rows is not None
         rows = node.rows.ljust(node.tree.layout.rows_bytes, b"\0")
-        slot.checksum = zlib.crc32(node.block.view, zlib.crc32(rows))
-        if not self._write(slot.offset + _SLOT_HEADER, rows, node.block.view):
+        block = view(node.block.address, node.tree.layout.block_bytes)
+        slot.checksum = zlib.crc32(block, zlib.crc32(rows))
+        if not self._write(slot.offset + _SLOT_HEADER, rows, block):
             return False
         return self.describe(node, slot)
 
@@ -199,15 +208,16 @@ class FileTier:
             slot.offset, _seal(raw, node.tree.layout.namespace + _number(slot.offset))
         )
 
-    def load(self, node: Node, slot: Slot, view: memoryview) -> bytes | None:
+    def load(self, node: Node, slot: Slot, block: Block) -> bytes | None:
         """Reads a block into memory and returns its tokens' content; None if it is damaged."""
         rows = bytearray(node.tree.layout.rows_bytes)
+        into = view(block.address, node.tree.layout.block_bytes)
         try:
-            got = os.preadv(self._fd, [rows, view], slot.offset + _SLOT_HEADER)
+            got = os.preadv(self._fd, [rows, into], slot.offset + _SLOT_HEADER)
         except OSError as error:
             self._complain("read", error)
             return None
-        if got != len(rows) + len(view) or zlib.crc32(view, zlib.crc32(rows)) != slot.checksum:
+        if got != len(rows) + len(into) or zlib.crc32(into, zlib.crc32(rows)) != slot.checksum:
             return None
         return self._genuine(node, bytes(rows))
 
@@ -286,7 +296,7 @@ class FileTier:
             self._complain("read", error)
             return b""
 
-    def _write(self, offset: int, *parts: bytes | memoryview) -> bool:
+    def _write(self, offset: int, *parts: bytes | ctypes.Array[ctypes.c_char]) -> bool:
         try:
             written = os.pwritev(self._fd, parts, offset)
         except OSError as error:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
-from gr_kernels.cache.arena import Block
+from gr_core.contracts import Rates
+from gr_kernels.cache.arena import Block, Place
 from gr_kernels.cache.layout import Layout
-from gr_kernels.cache.tier import Slot
 
 ANYONE = b""
 """The mark of blocks that belong to nobody in particular."""
@@ -57,7 +57,7 @@ class Node:
         self.start = start
         self.tokens = tokens
         self.rows: bytes | None = None
-        """Content of its tokens, (tokens, width); None where only the file has it."""
+        """Content of its tokens, (tokens, width); None where only the tier behind has it."""
         self.children: dict[bytes, dict[Node, None]] = {}
         """By their first token, oldest first."""
         self.count = 0
@@ -65,7 +65,8 @@ class Node:
         self.in_memory = 0
         """Children that have a block."""
         self.block: Block | None = None
-        self.slot: Slot | None = None
+        self.slot: Place | None = None
+        """Its place in the tier behind the memory."""
         self.pins = 0
         """Leases whose last block in the tree it is; they hold its ancestors by that."""
         self.writer: object | None = None
@@ -96,6 +97,8 @@ class Tree:
         self.users = 0
         """Open spaces."""
         self.token_cost = self.pair_cost = 0.0
+        self.rates: Rates | None = None
+        """None: whatever can be loaded is."""
         self.index: dict[bytes, Node] = {}
         self.roots: dict[bytes, Node] = {}
 
@@ -139,6 +142,11 @@ class Tree:
         """Children that begin with a token: some of the newest."""
         return islice(reversed(parent.children.get(first, {})), SCANNED)
 
+    def cost(self, start: int, tokens: int) -> float:
+        """Of computing some tokens anew, in the unit of the space."""
+        positions = tokens * start + tokens * (tokens - 1) / 2
+        return tokens * self.token_cost + positions * self.pair_cost
+
     def touch(self, node: Node, clock: float) -> None:
         """Values a node by GreedyDual-Size-Frequency: clock + hits · cost / size.
 
@@ -147,9 +155,7 @@ class Tree:
         Cherkasova, "Improving WWW Proxies Performance with Greedy-Dual-Size-Frequency Caching
         Policy", HPL-98-69R1, 1998; Cao and Irani, "Cost-Aware WWW Proxy Caching Algorithms", 1997.
         """
-        n = node.tokens
-        positions = n * node.start + n * (n - 1) / 2
-        cost = n * self.token_cost + positions * self.pair_cost
+        cost = self.cost(node.start, node.tokens)
         node.priority = clock + node.hits * cost / self.layout.block_bytes
         if node.hits < _MAX_HITS:
             node.hits += 1

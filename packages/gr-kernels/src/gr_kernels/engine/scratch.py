@@ -7,7 +7,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-_ALIGNMENT = 64
+from gr_kernels.cache.memory import Buffer, HostMemory, Memory
+
 _SLAB_BLOCKS = 64
 
 
@@ -15,6 +16,7 @@ class ScratchLease:
     """Implements `gr_core.contracts.BlockLease`; nothing is ever reused."""
 
     reused = 0
+    arrivals = None
 
     def __init__(self, scratch: Scratch, blocks: npt.NDArray[np.uintp]) -> None:
         self._scratch = scratch
@@ -29,12 +31,16 @@ class ScratchLease:
 
 
 class Scratch:
-    """Grows to the largest batch; bounded by what a batch may hold. One thread at a time."""
+    """Grows to the largest batch; bounded by what a batch may hold. One thread at a time.
 
-    def __init__(self, block_tokens: int, block_bytes: int) -> None:
+    On a device, its blocks are for the stream that is current in that thread.
+    """
+
+    def __init__(self, block_tokens: int, block_bytes: int, device: str = "cpu") -> None:
+        self._memory = memory = _memory_of(device)
         self._block_tokens = block_tokens
-        self._block_bytes = -(-block_bytes // _ALIGNMENT) * _ALIGNMENT
-        self._slabs: list[npt.NDArray[np.uint8]] = []
+        self._block_bytes = -(-block_bytes // memory.alignment) * memory.alignment
+        self._slabs: list[Buffer] = []
         self._free: list[int] = []
 
     def lease(self, tokens: int) -> ScratchLease:
@@ -49,7 +55,22 @@ class Scratch:
         self._free.extend(blocks.tolist())
 
     def _grow(self) -> None:
-        slab = np.empty(_SLAB_BLOCKS * self._block_bytes + _ALIGNMENT, np.uint8)
-        first = -(-slab.ctypes.data // _ALIGNMENT) * _ALIGNMENT
+        granularity = self._memory.granularity
+        size = -(-_SLAB_BLOCKS * self._block_bytes // granularity) * granularity
+        slab = self._memory.allocate(size)
+        if slab is None:
+            raise MemoryError(
+                f"no memory for {size} bytes of keys and values that no cache holds; lower "
+                "max_batch_tokens, or what caches take"
+            )
         self._slabs.append(slab)
-        self._free.extend(first + i * self._block_bytes for i in range(_SLAB_BLOCKS))
+        first = slab.address
+        self._free.extend(first + i * self._block_bytes for i in range(size // self._block_bytes))
+
+
+def _memory_of(device: str) -> Memory:
+    if device == "cpu":
+        return HostMemory()
+    from gr_kernels.cuda.transfers import CudaMemory, cuda_device
+
+    return CudaMemory(cuda_device(device))
