@@ -47,8 +47,19 @@ def device_for(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def _teach_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter multiplies matrices of bfloat16 as if their bits were integers."""
+    """The interpreter multiplies matrices of bfloat16 as if their bits were integers, and rounds
+    to it toward zero, which doubles errors: GPUs round to the nearest."""
     from triton.runtime import interpreter
+
+    convert_float = interpreter._convert_float
+
+    def nearest(value: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if (source.name, target.name) != ("fp32", "bf16"):
+            return convert_float(value, source, target, rounding)
+        rounded = torch.from_numpy(np.ascontiguousarray(value, np.float32)).bfloat16()
+        return rounded.view(torch.uint16).numpy().reshape(value.shape)
+
+    monkeypatch.setattr(interpreter, "_convert_float", nearest)
 
     def create_dot(
         self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any

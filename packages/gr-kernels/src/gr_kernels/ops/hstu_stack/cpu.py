@@ -18,7 +18,7 @@ from torch import Tensor
 from gr_core.errors import PlanError
 from gr_core.stack import Stack
 from gr_kernels.native import DTYPES, instruction_sets, library
-from gr_kernels.ops.hstu_stack.interface import BLOCK_TOKENS, Segment
+from gr_kernels.ops.hstu_stack.interface import BLOCK_TOKENS, Arrivals, Segment
 from gr_kernels.ops.hstu_stack.time_buckets import thresholds
 
 _SILU = ("none", "u", "all")
@@ -110,8 +110,11 @@ class CpuStack:
         """Memory for tokens in flight, at its largest so far."""
         return int(self._library.gr_stack_workspace_bytes(self._handle))
 
-    def run(self, x_TD: Tensor, segments: Sequence[Segment]) -> None:
+    def run(
+        self, x_TD: Tensor, segments: Sequence[Segment], arrivals: Arrivals | None = None
+    ) -> None:
         """See `HSTUStack.run`. Raises ValueError for what does not fit together."""
+        assert arrivals is None, "blocks on the CPU are always there"
         if not self._handle:
             raise ValueError("the stack is closed")
         if (

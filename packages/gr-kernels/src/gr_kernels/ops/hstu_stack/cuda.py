@@ -127,6 +127,8 @@ class CudaStack:
         per_token = stack.num_heads * (stack.d_qk + stack.d_v) * self._dtype.itemsize
         self._layer_bytes = BLOCK_TOKENS * per_token
         self._graphs: list[_Graph] = []
+        self.prepared = False
+        """Whether graphs were recorded."""
 
     @property
     def name(self) -> str:
@@ -228,8 +230,7 @@ class CudaStack:
         v_TF, k_TF = torch.split(kv_TW, [f, k], dim=1)
         q_RF, u_RF = torch.split(qu_RW, [k, f], dim=1)
         heads = stack.num_heads
-        q_RHK, k_THK = q_RF.unflatten(1, (heads, -1)), k_TF.unflatten(1, (heads, -1))
-        v_THV = v_TF.unflatten(1, (heads, -1))
+        q_RHK, k_THK, v_THV = (torch.unflatten(x, 1, (heads, -1)) for x in (q_RF, k_TF, v_TF))
         self._store(number, k_THK, v_THV, on)
         a_RHV = self._ops.attention(most_queries)(
             q_RHK,
@@ -248,7 +249,7 @@ class CudaStack:
             else None,
             self._bias(layer, on, end),
         )
-        self._ops.output(len(a_RHV), layer.output_weight.shape[1], stack.d_model)(
+        self._ops.output(len(a_RHV), *layer.output_weight.shape)(
             x_TD,
             a_RHV,
             u_RF,

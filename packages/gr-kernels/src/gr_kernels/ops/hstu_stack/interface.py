@@ -88,11 +88,12 @@ class HSTUStack(Protocol):
         """Size of a block: K and V of `BLOCK_TOKENS` tokens of all layers, tile-packed."""
         ...
 
-    def run(self, x_TD: Any, segments: Sequence[Segment]) -> None:
+    def run(self, x_TD: Any, segments: Sequence[Segment], arrivals: Arrivals | None = None) -> None:
         """Runs all layers on a float32 torch tensor in place; writes K and V of new tokens.
 
         A row's result depends on nothing but the tokens that it sees: not on how many of them were
-        cached, nor on the other segments.
+        cached, nor on the other segments. On another device than the CPU, x and the blocks are
+        there, nothing waits for the device, and ``arrivals`` are of blocks on their way.
         """
         ...
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gr_core.stack import LayerWeights, Stack
 from gr_kernels.ops.hstu_attention.blocked import attend
-from gr_kernels.ops.hstu_stack.interface import BLOCK_TOKENS, Rows, Segment
+from gr_kernels.ops.hstu_stack.interface import BLOCK_TOKENS, Arrivals, Rows, Segment
 from gr_kernels.ops.hstu_stack.time_buckets import LOG_BUCKET_WIDTH
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
@@ -70,8 +70,11 @@ class TorchStack:
         return math.prod(self._block_shape) * self._dtype.itemsize
 
     @torch.inference_mode()
-    def run(self, x_TD: Tensor, segments: Sequence[Segment]) -> None:
+    def run(
+        self, x_TD: Tensor, segments: Sequence[Segment], arrivals: Arrivals | None = None
+    ) -> None:
         """See `HSTUStack.run`; ``x_TD`` may also be float64."""
+        assert arrivals is None, "blocks on the CPU are always there"
         tokens = sum(segment.new + segment.candidates for segment in segments)
         if x_TD.shape != (tokens, self._stack.d_model):
             raise ValueError(
