@@ -49,7 +49,7 @@ def hstu_output(
     wide = torch.promote_types(dtype, torch.float32)
     parts = a_RHV.shape[1] if head_norm else 1
     if rows_R is not None and groups_T is not None:
-        groups_T = groups_T[rows_R]
+        groups_T = groups_T[rows_R.clamp(min=0)]
 
     def norm(value_RF: Tensor) -> Tensor:
         return layer_norm(value_RF, norm_weight_GF, norm_bias_GF, groups_T, parts, norm_eps)
@@ -71,4 +71,6 @@ def hstu_output(
     if rows_R is None:
         x_TD += output_RD
     else:
-        x_TD.index_add_(0, rows_R, output_RD)
+        # No choice of rows by a mask: its size would have to come from the device.
+        output_RD.masked_fill_((rows_R < 0)[:, None], 0)
+        x_TD.index_add_(0, rows_R.clamp(min=0), output_RD)

@@ -53,7 +53,7 @@ def hstu_output_fused(
         return
     with device_of(x_TD):
         dtype = str(weight_DY.dtype).removeprefix("torch.")
-        sizes = {"rows": power_of_two(rows, least=16, most=65536), "columns": d, "width": y}
+        sizes = {"rows": power_of_two(rows, least=16, most=65536), "columns": y, "width": d}
         config = configuration(KERNEL, dtype, sizes, default(dtype, sizes))
         parts = heads if head_norm else 1
         if config["NORM"] == Norm.IN_TILES and parts > 1:
@@ -194,18 +194,18 @@ def CONFIGURATIONS(dtype: str, sizes: Mapping[str, int]) -> list[dict[str, int]]
 
 
 @functools.cache
-def _default(rows: int, columns: int, narrow: bool) -> Mapping[str, int]:
+def _default(rows: int, width: int, narrow: bool) -> Mapping[str, int]:
     k = 64 if narrow else 32
     if rows <= 64:
         return _launch(rows, 32, k, 1, 4, 3)
-    if rows * columns <= 132 * 128 * 64:
+    if rows * width <= 132 * 128 * 64:
         return _launch(64, 64, k, 2, 4, 2)
     return _launch(128, 128, k, 3, 8, 3) if narrow else _launch(64, 64, k, 3, 4, 3)
 
 
 def default(dtype: str, sizes: Mapping[str, int]) -> Mapping[str, int]:
     """For a device on which nothing was measured."""
-    return _default(sizes["rows"], sizes["columns"], dtype != "float32")
+    return _default(sizes["rows"], sizes["width"], dtype != "float32")
 
 
 def _launch(m: int, n: int, k: int, norm: int, warps: int, stages: int) -> dict[str, int]:

@@ -16,6 +16,7 @@ from gr_kernels.ops.hstu_projection.triton import Norm
 from gr_kernels.ops.hstu_projection.triton_kernels import (
     affine,
     below,
+    joined,
     parameters_of,
     silu,
     tile_of,
@@ -57,19 +58,13 @@ def moments(
     B: tl.constexpr,
 ):
     """Mean and 1/sqrt(variance + eps) of S columns from each pointer on, (L,) each."""
-    sum_L = tl.zeros([L], tl.float32)
-    for from_ in range(0, S, B):
-        column_B = from_ + tl.arange(0, B)
-        real_LB = below(column_B, S, B)[None, :]
-        sum_L += tl.sum(value_of(a_row_ptr, u_row_ptr, column_B, real_LB, GATE, SILU_U), axis=1)
-    mean_L = sum_L / S
-    square_L = tl.zeros([L], tl.float32)
+    mean_L, square_L = tl.zeros([L], tl.float32), tl.zeros([L], tl.float32)
     for from_ in range(0, S, B):
         column_B = from_ + tl.arange(0, B)
         real_LB = below(column_B, S, B)[None, :]
         value_LB = value_of(a_row_ptr, u_row_ptr, column_B, real_LB, GATE, SILU_U)
-        apart_LB = tl.where(real_LB, value_LB - mean_L[:, None], 0.0)
-        square_L += tl.sum(apart_LB * apart_LB, axis=1)
+        count = tl.minimum(S - from_, B)
+        mean_L, square_L = joined(mean_L, square_L, value_LB, real_LB, from_, count)
     return mean_L, 1.0 / tl.sqrt_rn(square_L / S + eps)
 
 
@@ -108,7 +103,7 @@ def gate(
         tl.store(moment_ptr + line_L * 2, mean_L, mask=real_L)
         tl.store(moment_ptr + line_L * 2 + 1, scale_L, mask=real_L)
     if y_ptr is not None:
-        at_L = parameters_of(group_ptr, tokens_of(row_L, row_ptr), F)
+        at_L = parameters_of(group_ptr, tl.maximum(tokens_of(row_L, row_ptr), 0), F)
         if P > 1:
             at_L = at_L + first_L
         if GATE == "u*norm(a)" or GATE == "norm(a*u)":
@@ -180,6 +175,8 @@ def add_product(
     # Rows and columns beyond the ends are others' once more, so that no load needs a mask for them.
     row_M, column_N = tl.minimum(row_M, rows - 1), tl.minimum(column_N, D - 1)
     token_M = tokens_of(row_M, row_ptr)
+    real_M &= token_M >= 0
+    token_M = tl.maximum(token_M, 0)
     a_row_ptr = a_ptr + row_M.to(tl.int64) * a_stride
     weight_row_ptr = weight_ptr + column_N.to(tl.int64) * weight_stride
     x_MN = tl.zeros([M, N], tl.float32)
@@ -265,11 +262,13 @@ def add(
     row_L = tl.program_id(0) * L + tl.arange(0, L)
     real_L = row_L < rows
     row_L = tl.minimum(row_L, rows - 1)
+    token_L = tokens_of(row_L, row_ptr)
+    real_L &= token_L >= 0
     column_B = tl.program_id(1) * B + tl.arange(0, B)
     real_B = column_B < D
     real_LB = real_L[:, None] & real_B[None, :]
     output_LB_ptr = output_ptr + row_L.to(tl.int64)[:, None] * D + column_B[None, :]
-    x_LB_ptr = x_ptr + tokens_of(row_L, row_ptr)[:, None] * x_stride + column_B[None, :]
+    x_LB_ptr = x_ptr + token_L[:, None] * x_stride + column_B[None, :]
     x_LB = tl.load(x_LB_ptr, mask=real_LB, other=0.0)
     x_LB += tl.load(output_LB_ptr, mask=real_LB, other=0.0).to(tl.float32)
     if bias_ptr is not None:

@@ -29,6 +29,7 @@ def hstu_projection(
     check_call(x_TD, weight_WD, bias_W, norm_weight_GD, norm_bias_GD, groups_T, rows_R, silu, out)
     dtype = weight_WD.dtype
     if rows_R is not None:
+        rows_R = rows_R.clamp(min=0)
         x_TD = x_TD[rows_R]
         groups_T = None if groups_T is None else groups_T[rows_R]
     wide_RD = x_TD.to(torch.promote_types(x_TD.dtype, dtype))

@@ -129,12 +129,13 @@ def hstu_projection_product(
     norm = (norm_weight_GD, norm_bias_GD, groups_T)
     with device_of(x_TD):
         _normalize(kernels, x_TD, rows_R, norm, None, normed_RD, rows, norm_eps)
-        if bias_W is not None and bias_W.dtype == weight_WD.dtype:
-            torch.addmm(bias_W, normed_RD, weight_WD.t(), out=y_RW)
-            bias_W = None
-        else:
+        # cuBLAS adds a bias of the product's dtype at no cost; so does what goes over all columns.
+        if bias_W is None or silu == (0, w):
             torch.mm(normed_RD, weight_WD.t(), out=y_RW)
-        first, end = silu if bias_W is None else (0, w)
+        else:
+            torch.addmm(bias_W.to(weight_WD.dtype), normed_RD, weight_WD.t(), out=y_RW)
+            bias_W = None
+        first, end = silu
         if first < end:
             block, lines = blocks_of(end - first)
             kernels.finish[(-(-rows // lines), -(-(end - first) // block))](

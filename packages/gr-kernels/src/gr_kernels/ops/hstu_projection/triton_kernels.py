@@ -44,7 +44,7 @@ def below(column, END: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def tokens_of(row, row_ptr):
-    """The token of each row that is wanted, int64."""
+    """The token of each row that is wanted, int64; -1 for none."""
     token = row.to(tl.int64)
     if row_ptr is not None:
         token = tl.load(row_ptr + row)
@@ -72,22 +72,29 @@ def affine(x_LB, scale_ptr, shift_ptr, at_LB, real_LB):
 
 
 @triton.jit
+def joined(mean_L, square_L, x_LB, real_LB, before, count):
+    """Mean, and sum of squares about it, of ``before`` numbers a row and ``count`` more.
+
+    Unlike a sum of squares about zero it loses nothing where the mean is large (Chan et al. 1983).
+    """
+    here_L = tl.sum(tl.where(real_LB, x_LB, 0.0), axis=1) / count
+    apart_LB = tl.where(real_LB, x_LB - here_L[:, None], 0.0)
+    gap_L = here_L - mean_L
+    share = count / (before + count)
+    square_L += tl.sum(apart_LB * apart_LB, axis=1) + gap_L * gap_L * (before * share)
+    return mean_L + gap_L * share, square_L
+
+
+@triton.jit
 def moments(x_row_ptr, eps, L: tl.constexpr, D: tl.constexpr, B: tl.constexpr):
     """Mean and 1/sqrt(variance + eps) of rows of float32, (L,) each."""
-    sum_L = tl.zeros([L], tl.float32)
+    mean_L, square_L = tl.zeros([L], tl.float32), tl.zeros([L], tl.float32)
     for from_ in range(0, D, B):
         column_B = from_ + tl.arange(0, B)
         real_LB = below(column_B, D, B)[None, :]
         x_LB = tl.load(x_row_ptr[:, None] + column_B[None, :], mask=real_LB, other=0.0)
-        sum_L += tl.sum(x_LB, axis=1)
-    mean_L = sum_L / D
-    square_L = tl.zeros([L], tl.float32)
-    for from_ in range(0, D, B):
-        column_B = from_ + tl.arange(0, B)
-        real_LB = below(column_B, D, B)[None, :]
-        x_LB = tl.load(x_row_ptr[:, None] + column_B[None, :], mask=real_LB, other=0.0)
-        apart_LB = tl.where(real_LB, x_LB - mean_L[:, None], 0.0)
-        square_L += tl.sum(apart_LB * apart_LB, axis=1)
+        count = tl.minimum(D - from_, B)
+        mean_L, square_L = joined(mean_L, square_L, x_LB, real_LB, from_, count)
     return mean_L, 1.0 / tl.sqrt_rn(square_L / D + eps)
 
 
@@ -111,7 +118,7 @@ def normalize(
     row_L = tl.program_id(0) * L + tl.arange(0, L)
     real_L = row_L < rows
     row_L = tl.minimum(row_L, rows - 1)
-    token_L = tokens_of(row_L, row_ptr)
+    token_L = tl.maximum(tokens_of(row_L, row_ptr), 0)
     x_row_ptr = x_ptr + token_L * x_stride
     mean_L, scale_L = moments(x_row_ptr, eps, L, D, B)
     if moment_ptr is not None:
@@ -172,7 +179,7 @@ def project(
     real_M, real_N = row_M < rows, column_N < W
     # Rows and columns beyond the ends are others' once more, so that no load needs a mask for them.
     row_M, column_N = tl.minimum(row_M, rows - 1), tl.minimum(column_N, W - 1)
-    token_M = tokens_of(row_M, row_ptr)
+    token_M = tl.maximum(tokens_of(row_M, row_ptr), 0)
     x_row_ptr = x_ptr + token_M * x_stride
     weight_row_ptr = weight_ptr + column_N.to(tl.int64) * weight_stride
     if NORM == IN_TILES:
