@@ -17,6 +17,7 @@ from gr_core.errors import PlanError
 from gr_core.types import FloatArray
 from gr_kernels.choice import wanted_isa
 from gr_kernels.native import library
+from gr_kernels.retrieval.checks import check_search, check_table
 
 
 class ExactIndex:
@@ -33,8 +34,7 @@ class ExactIndex:
             self._library = _library()
         except (OSError, AttributeError) as error:
             raise PlanError(f"the exact index is not to be had: {error}") from error
-        if table_ID.dim() != 2 or not 1 <= len(table_ID) < 2**31 or not table_ID.shape[1]:
-            raise ValueError(f"table is {tuple(table_ID.shape)}; expected (items, width)")
+        check_table(table_ID)
         if not 1 <= threads <= 1024:
             raise ValueError(f"threads is {threads}; expected 1 to 1024")
         table_ID = table_ID.detach().to("cpu", torch.float32).contiguous()
@@ -50,12 +50,7 @@ class ExactIndex:
             )
 
     def search(self, users_BD: Any, k: int) -> tuple[FloatArray, npt.NDArray[np.int64]]:
-        if users_BD.dim() != 2 or users_BD.shape[1] != self._width:
-            raise ValueError(
-                f"users have the shape {tuple(users_BD.shape)}; expected (users, {self._width})"
-            )
-        if not 0 <= k <= self._items:
-            raise ValueError(f"k is {k}; expected 0 to {self._items}, the number of items")
+        check_search(users_BD, k, self._items, self._width)
         users_BD = users_BD.detach().to("cpu", torch.float32).contiguous()
         scores_BK = np.empty((len(users_BD), k), np.float32)
         places_BK = np.empty((len(users_BD), k), np.int64)
