@@ -21,7 +21,7 @@ from gr_core.stack import TokenSequence
 from gr_core.types import Task
 from gr_hstu.jagged import rows as jagged_rows
 from gr_hstu.jagged.intervals import Int32Array, mtgr_intervals
-from gr_hstu.jagged.rows import Arrays, candidate_counts, joined, on_device, picked
+from gr_hstu.jagged.rows import Arrays, candidate_counts, joined, on_device, on_host, picked
 from gr_hstu.models import MTGR
 from gr_hstu.modules.masks import CANDIDATE, LONG_HISTORY, REALTIME, USER
 
@@ -172,7 +172,7 @@ class JaggedMTGR:
 
         On the CPU; the libraries of other devices choose by more than the number of rows.
         """
-        if not x_RE.is_cpu:
+        if not on_host(self._device):
             return compute(x_RE)
         count = len(x_RE)
         rows = max(_FEWEST_ROWS, -(-count // self._rows_step) * self._rows_step)
@@ -196,6 +196,6 @@ class JaggedMTGR:
         answering = jagged_rows.answering_rows(counts)
         if answering is not None:
             there = on_device({"answering": answering}, self._device)
-            rows = rows[there["answering"]]
+            rows = picked(rows, there["answering"])
         logits: Tensor = self._module.heads(rows)
         return logits.split_with_sizes(counts)

@@ -20,7 +20,7 @@ from gr_core.stack import TokenSequence
 from gr_core.types import Task
 from gr_hstu.jagged import rows as jagged_rows
 from gr_hstu.jagged.intervals import Int32Array, hstu_intervals
-from gr_hstu.jagged.rows import Arrays, candidate_counts, joined, on_device, picked
+from gr_hstu.jagged.rows import Arrays, candidate_counts, joined, on_device, on_host, picked
 from gr_hstu.models import HSTURanking
 from gr_hstu.modules.embeddings import NEVER
 
@@ -53,7 +53,7 @@ class JaggedRanking:
         self._time_column = 1 + self._signals
         never = module.position_time.buckets(torch.tensor(NEVER))
         self._never = 0 if never is None else int(never)
-        if self._device.type != "cpu":
+        if not on_host(self._device):
             # Made ahead: what one stream makes, another would not wait for.
             _ = self._item_table
 
@@ -195,7 +195,7 @@ class JaggedRanking:
     def _item_outputs(self, there: Mapping[str, Tensor]) -> Tensor:
         """What the item MLP makes of the candidates, (C, D)."""
         if self._item_table is not None:
-            return self._item_table[there["items"]]
+            return self._item_table.index_select(0, there["items"])
         module = self._module
         item_CD: Tensor = module.item_mlp(
             module.candidates(module.item_content(there["items"]), there["crosses"])

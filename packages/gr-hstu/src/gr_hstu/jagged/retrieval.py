@@ -23,6 +23,8 @@ from gr_hstu.jagged.rows import (
     joined,
     new_ids,
     on_device,
+    on_host,
+    picked,
     to_content,
     to_ids,
 )
@@ -116,12 +118,13 @@ class JaggedRetrieval:
             return users_RD.unbind(0)
         counts = candidate_counts(requests)
         arrays = {"items": joined(requests, "candidate_items")}
-        if rows.is_cpu:
+        if on_host(self._device):
             items_CD = self._module.item_vectors(on_device(arrays, self._device)["items"])
             by_request = items_CD.split_with_sizes(counts)
             return [i @ user for i, user in zip(by_request, users_RD[..., None], strict=True)]
         # One product for all requests, as each one would be started on its own.
         arrays["users"] = np.arange(len(counts)).repeat(counts)
         there = on_device(arrays, self._device)
-        products_CD = self._module.item_vectors(there["items"]) * users_RD[there["users"]]
+        users_CD = picked(users_RD, there["users"])
+        products_CD = self._module.item_vectors(there["items"]) * users_CD
         return products_CD.sum(1, keepdim=True).split_with_sizes(counts)

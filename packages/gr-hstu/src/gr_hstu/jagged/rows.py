@@ -22,7 +22,12 @@ from gr_hstu.modules.embeddings import NEVER
 Content = npt.NDArray[np.uint8]
 Arrays = dict[str, npt.NDArray[Any]]
 """Ids, places and buckets by name: integers, and none of them needs more than 32 bits."""
-_CPU = torch.device("cpu")
+_HOST = torch.device("cpu")
+
+
+def on_host(device: torch.device) -> bool:
+    """Whether a device computes on the memory that ids are made in, and starts at once."""
+    return device == _HOST
 
 
 def on_device(arrays: Mapping[str, npt.NDArray[Any]], device: torch.device) -> dict[str, Tensor]:
@@ -30,7 +35,7 @@ def on_device(arrays: Mapping[str, npt.NDArray[Any]], device: torch.device) -> d
 
     To another device they go in one copy, which nobody waits for.
     """
-    if device == _CPU:
+    if on_host(device):
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
     sizes = [array.size for array in arrays.values()]
     packed = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
@@ -48,7 +53,7 @@ def on_device(arrays: Mapping[str, npt.NDArray[Any]], device: torch.device) -> d
 
 def picked(x: Tensor, rows: Tensor | None) -> Tensor:
     """Some rows of x, or all as they are."""
-    return x if rows is None else x[rows]
+    return x if rows is None else x.index_select(0, rows)
 
 
 def to_content(ids_NW: Int32Array) -> Content:
