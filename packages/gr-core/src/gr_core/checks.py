@@ -42,7 +42,7 @@ class Fact:
     """One line of the report."""
 
     area: str
-    """``machine``, ``library``, ``device``, ``plugin`` or ``serving``."""
+    """``machine``, ``library``, ``device``, ``plugin``, ``kernel`` or ``serving``."""
     name: str
     status: str
     """``ok``; ``error`` for what must be fixed; anything else is for information."""
@@ -52,7 +52,7 @@ class Fact:
 
 def facts(host: PluginHost) -> Sequence[Fact]:
     """Everything known about this machine and its plugins. Asks all probes."""
-    return [*_machine(), *_libraries(), *_plugins(host), *_serving(host)]
+    return [*_machine(), *_libraries(), *_plugins(host), *_kernels(host), *_serving(host)]
 
 
 def _machine() -> Sequence[Fact]:
@@ -95,6 +95,18 @@ def _plugins(host: PluginHost) -> Sequence[Fact]:
             )
         )
     return found
+
+
+def _kernels(host: PluginHost) -> Sequence[Fact]:
+    """For each op what can run it here, in the order in which it is tried, and what cannot."""
+    shelf = host.registry.kernels
+    ops: dict[str, list[str]] = {}
+    for kernel in sorted(shelf.values(), key=lambda kernel: -kernel.priority):
+        dtypes = ", ".join(kernel.dtypes)
+        ops.setdefault(kernel.op, []).append(f"{kernel.name} ({kernel.device}: {dtypes})")
+    found = [Fact("kernel", op, "ok", "; ".join(names)) for op, names in sorted(ops.items())]
+    absent = shelf.unusable().items()
+    return [*found, *(Fact("kernel", name, "absent", why) for name, why in sorted(absent))]
 
 
 def _serving(host: PluginHost) -> Sequence[Fact]:

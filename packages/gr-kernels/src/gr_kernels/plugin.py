@@ -12,12 +12,17 @@ from gr_core import (
     Task,
     hookimpl,
 )
-from gr_kernels.descriptors import KERNELS
+from gr_kernels.descriptors import KERNELS, probe_triton
 
 
 @hookimpl
 def gr_register_kernels() -> Iterable[KernelDescriptor]:
     return KERNELS
+
+
+def probe_device(device: str) -> tuple[bool, str]:
+    """Whether the layers can run there: on any CPU, on GPUs with Triton."""
+    return (True, "") if device == "cpu" else probe_triton()
 
 
 @hookimpl
@@ -28,10 +33,11 @@ def gr_register_engines() -> Iterable[EngineDescriptor]:
             factory="gr_kernels.engine:NativeEngine",
             formats=("torch",),
             tasks=(Task.RETRIEVE, Task.RANK),
-            devices=("cpu",),
-            dtypes=("float32", "bfloat16"),
+            devices=("cpu", "cuda"),
+            dtypes=("float32", "bfloat16", "float16"),
             priority=30,
             summary="HSTU and MTGR without padding, on cached K and V",
+            device_probe=probe_device,
         )
     ]
 

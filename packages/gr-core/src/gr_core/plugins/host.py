@@ -229,7 +229,7 @@ class PluginHost:
 
     def _info(self, plugin: _Plugin, probe: bool) -> PluginInfo:
         usable: list[str] = []
-        unusable: list[str] = []
+        labels: dict[str, list[str]] = {}  # of what is unusable, by the reason
         for offer in self.registry.offers:
             if offer.origin != plugin.origin or offer.refused:
                 continue
@@ -239,7 +239,8 @@ class PluginHost:
             if ok:
                 usable.append(label)
             else:
-                unusable.append(f"{label}: {why}")
+                labels.setdefault(why, []).append(label)
+        unusable = [f"{', '.join(names)}: {why}" for why, names in labels.items()]
         if plugin.disabled:
             status = "disabled"
         elif plugin.broken:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from gr_core.contracts import BlockLease
+from gr_core.contracts import Arrivals, BlockLease
 from gr_core.stack import TokenSequence
 from gr_kernels.ops.hstu_stack.interface import BLOCK_TOKENS, Rows, Segment
 
@@ -23,6 +23,21 @@ class Piece:
     segment: Segment
     start: int
     stop: int
+
+
+class _Together:
+    """Implements `Arrivals` for several leases, which may have the same."""
+
+    def __init__(self, parts: Sequence[Arrivals]) -> None:
+        self._parts = {id(part): part for part in parts}.values()
+
+    def start(self) -> None:
+        for part in self._parts:
+            part.start()
+
+    def wait(self, layer: int) -> None:
+        for part in self._parts:
+            part.wait(layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +61,11 @@ class BatchPlan:
         for sequence, lease, start in zip(self.sequences, self.leases, self.starts, strict=True):
             if start < sequence.history:
                 lease.commit(min(sequence.reusable, sequence.history))
+
+    def arrivals(self) -> Arrivals | None:
+        """What of the blocks is still on its way to a device."""
+        found = [lease.arrivals for lease in self.leases if lease.arrivals is not None]
+        return _Together(found) if found else None
 
     def answer_rows(self) -> npt.NDArray[np.int64]:
         """Rows of T that answers are read from: of the candidates, or of the last history tokens.

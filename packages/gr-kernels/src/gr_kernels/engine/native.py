@@ -5,12 +5,16 @@ Shapes: T tokens of a batch, D model width, R rows that answers are read from.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,12 +32,15 @@ from gr_core.contracts import (
 )
 from gr_core.errors import PlanError, Unavailable
 from gr_core.samples import for_task, sample_requests
-from gr_core.stack import Stack, StackModel, TokenSequence
-from gr_core.types import Task
+from gr_core.stack import Stack, StackEnds, StackModel, TokenSequence
+from gr_core.types import FloatArray, IntArray, Task
 from gr_kernels.engine.batch import BatchPlan, plan_batch
+from gr_kernels.engine.ends import ends_of, placed
 from gr_kernels.engine.options import NativeOptions
+from gr_kernels.engine.preparation import costs, prepare
 from gr_kernels.engine.scratch import Scratch
 from gr_kernels.ops.hstu_stack import HSTUStack, make_stack
+from gr_kernels.ops.hstu_stack.cuda import CudaStack
 from gr_kernels.ops.hstu_stack.interface import BLOCK_TOKENS
 from gr_kernels.retrieval import ItemIndex, make_index
 
@@ -42,11 +49,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Layers:
-    """The stack of one or several tasks, and where its K and V live."""
+    """The stack of one or several tasks, what is at its ends, and where its K and V live."""
 
     runner: HSTUStack
+    ends: StackEnds
     space: BlockSpace | None
     scratch: Scratch
+    stream: torch.cuda.Stream | None
     max_tokens: int
     """Tokens that are computed at once."""
 
@@ -57,6 +66,24 @@ class _Layers:
             if lease is not None:
                 return lease
         return self.scratch.lease(sequence.history)
+
+    def compute(self, batch: Sequence[EncodedRequest], plan: BatchPlan) -> Sequence[Tensor]:
+        """Answers of the model's outputs, on the device."""
+        x_TD = self.ends.embed(batch, plan.sequences, plan.starts)
+        arrivals = plan.arrivals()
+        for run in plan.runs(self.max_tokens):
+            rows_TD = x_TD[run[0].start : run[-1].stop]
+            self.runner.run(rows_TD, [piece.segment for piece in run], arrivals)
+        return self.ends.outputs(batch[0].task, batch, _answer_rows(x_TD, plan))
+
+    def current(self) -> AbstractContextManager[object]:
+        """On a GPU, launches go to the layers' own stream."""
+        return contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def settle(self) -> None:
+        """Waits until nothing launched uses the blocks any more."""
+        if self.stream is not None:
+            self.stream.synchronize()
 
     def close(self) -> None:
         if self.space is not None:
@@ -71,6 +98,7 @@ class NativeEngine:
         self._model: StackModel | None = None
         self._layers: dict[Task, _Layers] = {}
         self._index: ItemIndex | None = None
+        self._graphs: tuple[Sequence[int], int] = ((), 0)
 
     def load(
         self, artifact: Artifact, model: Model, tasks: Sequence[Task], options: EngineOptions
@@ -89,15 +117,25 @@ class NativeEngine:
                     made[id(stack)] = _load_layers(model, stack, options, own, threads)
                 self._layers[task] = made[id(stack)]
             if Task.RETRIEVE in tasks:
-                self._index = make_index(model.item_table(), own.index, threads)
+                device = options.device
+                self._index = make_index(model.item_table(), own.index, threads, device)
         except BaseException:
             self.close()
             raise
         self._model = model
+        self._graphs = (own.graph_tokens, options.max_batch_size)
 
     def warm_up(self) -> None:
-        """Runs each task with histories from none to long, as the model itself encodes them."""
+        """Runs each task with histories from none to long, as the model itself encodes them.
+
+        On a GPU also records the graphs, and measures when K and V are worth copying.
+        """
         assert self._model is not None
+        for task, layers in self._layers.items():
+            if isinstance(layers.runner, CudaStack) and not layers.runner.prepared:
+                tokens, segments = self._graphs
+                with layers.current():
+                    prepare(self._model, task, layers.runner, layers.space, tokens, segments)
         for request in sample_requests(self._model, 3):
             for task in self._layers:
                 self.infer([self._model.encode(for_task(request, task), task).request])
@@ -109,32 +147,36 @@ class NativeEngine:
             raise Unavailable("engine native is closed")
         task = batch[0].task
         layers = self._layers[task]
-        plan = plan_batch(
-            [model.sequence(request) for request in batch],
-            lambda i, sequence, reusable: layers.acquire(sequence, reusable, batch[i].user_id),
-        )
-        try:
-            x_TD = model.embed(batch, plan.sequences, plan.starts)
-            for run in plan.runs(layers.max_tokens):
-                rows_TD = x_TD[run[0].start : run[-1].stop]
-                layers.runner.run(rows_TD, [piece.segment for piece in run])
-            plan.commit()
-        finally:
-            plan.release()
-        answers = model.outputs(task, batch, _answer_rows(x_TD, plan))
-        reused = [lease.reused for lease in plan.leases]
-        if task is not Task.RETRIEVE:
-            return [
-                InferenceResult(scores.numpy(), tokens_reused=tokens)
-                for scores, tokens in zip(answers, reused, strict=True)
-            ]
+        with layers.current():
+            plan = plan_batch(
+                [model.sequence(request) for request in batch],
+                lambda i, sequence, reusable: layers.acquire(sequence, reusable, batch[i].user_id),
+            )
+            try:
+                answers = layers.compute(batch, plan)
+                # On the host, hence computed, and so is what is in the blocks.
+                found = self._found(batch, answers)
+                plan.commit()
+            finally:
+                try:
+                    layers.settle()
+                finally:
+                    plan.release()
+        return [
+            InferenceResult(scores, indices, lease.reused)
+            for (scores, indices), lease in zip(found, plan.leases, strict=True)
+        ]
+
+    def _found(
+        self, batch: Sequence[EncodedRequest], answers: Sequence[Tensor]
+    ) -> Sequence[tuple[FloatArray, IntArray | None]]:
+        """Scores of each request, and of which items where it has to find them."""
+        if batch[0].task is not Task.RETRIEVE:
+            return [(scores.numpy(), None) for scores in _on_host(answers)]
         assert self._index is not None
         ks = [request.k for request in batch]
         scores_BK, indices_BK = self._index.search(torch.stack(list(answers)), max(ks))
-        return [
-            InferenceResult(scores_BK[i, :k], indices_BK[i, :k], tokens)
-            for i, (k, tokens) in enumerate(zip(ks, reused, strict=True))
-        ]
+        return [(scores_BK[i, :k], indices_BK[i, :k]) for i, k in enumerate(ks)]
 
     def health(self) -> Health:
         if self._model is None:
@@ -149,31 +191,55 @@ class NativeEngine:
         self._index = None
 
 
+def _on_host(answers: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The same on the CPU, with one copy."""
+    if all(answer.device.type == "cpu" for answer in answers):
+        return answers
+    flat = torch.cat([answer.flatten() for answer in answers]).cpu()
+    parts = torch.split(flat, [answer.numel() for answer in answers])
+    return [part.view(answer.shape) for part, answer in zip(parts, answers, strict=True)]
+
+
 def _answer_rows(x_TD: Tensor, plan: BatchPlan) -> Tensor:
     rows_R = plan.answer_rows()
     if len(plan.sequences) == 1 and rows_R[0] >= 0:
         return x_TD[rows_R[0] : rows_R[-1] + 1]
-    rows_RD = x_TD.new_zeros(len(rows_R), x_TD.shape[1])
-    there = rows_R >= 0
-    rows_RD[torch.from_numpy(there)] = x_TD[torch.from_numpy(rows_R[there])]
+    if not len(x_TD):
+        return x_TD.new_zeros(len(rows_R), x_TD.shape[1])
+    rows_RD = x_TD.index_select(0, placed(np.maximum(rows_R, 0), x_TD.device))
+    absent = np.flatnonzero(rows_R < 0)
+    if len(absent):
+        rows_RD.index_fill_(0, placed(absent, x_TD.device), 0.0)
     return rows_RD
 
 
 def _load_layers(
     model: StackModel, stack: Stack, options: EngineOptions, own: NativeOptions, threads: int
 ) -> _Layers:
-    runner = make_stack(stack, options.dtype, threads=threads, isa=own.isa)
+    device = torch.device(options.device)
+    runner = make_stack(
+        stack,
+        options.dtype,
+        threads=threads,
+        isa=own.isa,
+        device=options.device,
+        kernels=own.kernels,
+    )
     space = None
+    # Caches that know no devices are not asked for any.
+    on_device: dict[str, Any] = {}
+    if device.type != "cpu":
+        on_device = {"device": options.device, "layers": len(stack.layers)}
     cache = options.caches.get(CacheKind.USER_KV)
     if isinstance(cache, BlockCache):
-        width = stack.num_heads * (stack.d_qk + stack.d_v)
+        token_cost, pair_cost = costs(stack)
         space = cache.space(
             _namespace(model, runner, options.dtype),
             block_tokens=BLOCK_TOKENS,
             block_bytes=runner.block_bytes,
-            # Multiplications of one layer: projections, and scores with their values.
-            token_cost=2.0 * width * stack.d_model + stack.layers[0].output_weight.numel(),
-            pair_cost=float(width),
+            token_cost=token_cost,
+            pair_cost=pair_cost,
+            **on_device,
         )
     logger.info(
         "%s/%s: engine native on %s, %d threads, K/V cache: %s",
@@ -183,8 +249,17 @@ def _load_layers(
         threads,
         "none" if space is None else f"{model.prefix_stability.reusable} histories",
     )
-    max_tokens = max(1, min(options.max_batch_tokens, own.workspace_bytes // _token_bytes(stack)))
-    return _Layers(runner, space, Scratch(BLOCK_TOKENS, runner.block_bytes), max_tokens)
+    fitting = own.workspace(options.device) // _token_bytes(stack)
+    return _Layers(
+        runner=runner,
+        ends=ends_of(model, device),
+        space=space,
+        scratch=Scratch(BLOCK_TOKENS, runner.block_bytes, options.device),
+        stream=torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        if device.type == "cuda"
+        else None,
+        max_tokens=max(1, min(options.max_batch_tokens, fitting)),
+    )
 
 
 def _token_bytes(stack: Stack) -> int:

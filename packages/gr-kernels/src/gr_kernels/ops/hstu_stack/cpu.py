@@ -15,10 +15,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from gr_core.contracts import Arrivals
 from gr_core.errors import PlanError
 from gr_core.stack import Stack
 from gr_kernels.native import DTYPES, instruction_sets, library
-from gr_kernels.ops.hstu_stack.interface import BLOCK_TOKENS, Arrivals, Segment
+from gr_kernels.ops.hstu_stack.interface import BLOCK_TOKENS, Segment
 from gr_kernels.ops.hstu_stack.time_buckets import thresholds
 
 _SILU = ("none", "u", "all")

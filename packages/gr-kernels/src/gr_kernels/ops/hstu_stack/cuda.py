@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gr_core.contracts import Arrivals
 from gr_core.errors import PlanError
 from gr_core.stack import LayerWeights, Stack
 from gr_kernels.choice import choose
 from gr_kernels.cuda.device import device_of
 from gr_kernels.ops.hstu_attention.on_device import CachedKeys, DeviceAttention, TableBias
 from gr_kernels.ops.hstu_stack.batch_arrays import Sizes, fill, layout, sizes_of, views
-from gr_kernels.ops.hstu_stack.interface import BLOCK_TOKENS, Arrivals, Segment
+from gr_kernels.ops.hstu_stack.interface import BLOCK_TOKENS, Segment
 from gr_kernels.ops.hstu_stack.time_buckets import thresholds
 from gr_kernels.tuning import power_of_two
 

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from gr_core.contracts import Arrivals
+
 BLOCK_TOKENS = 32
 """Tokens of a block of K and V. Blocks begin at multiples of it, counted from the first token."""
 
@@ -58,17 +60,6 @@ class Segment:
     next_times: npt.NDArray[np.int64] | None = None
     """(n + c,) seconds, where the stack has a time bias."""
     rows: Rows = Rows.CANDIDATES
-
-
-class Arrivals(Protocol):
-    """Blocks that are still on their way to a device, layer by layer; see `HSTUStack.run`."""
-
-    def wait(self, layer: int) -> None:
-        """Lets what is launched next wait until a layer of all blocks is there; at once for us.
-
-        What is written to blocks has to wait for layer 0 at least.
-        """
-        ...
 
 
 class HSTUStack(Protocol):

@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gr_core.contracts import Arrivals
 from gr_core.stack import LayerWeights, Stack
 from gr_kernels.ops.hstu_attention.blocked import attend
-from gr_kernels.ops.hstu_stack.interface import BLOCK_TOKENS, Arrivals, Rows, Segment
+from gr_kernels.ops.hstu_stack.interface import BLOCK_TOKENS, Rows, Segment
 from gr_kernels.ops.hstu_stack.time_buckets import LOG_BUCKET_WIDTH
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
