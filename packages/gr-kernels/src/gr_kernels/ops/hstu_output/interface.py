@@ -54,8 +54,8 @@ class Output(Protocol):
         """Adds to ``x_TD``, float32, in place; rows of it that are not wanted stay as they are.
 
         a, u and weight are of one dtype, bias and norm of any floating dtype. ``groups_T`` is
-        uint8, int32 or int64; None: all tokens are of group 0. ``rows_R`` is int64, in any order, and
-        nothing is added for a row of -1; None: all tokens. a is contiguous but for its rows; the rows of a, u, x and weight are
+        uint8, int32 or int64; None: all tokens are of group 0. ``rows_R`` is int64, in any order;
+        nothing is added for a row of -1; None: all tokens. Rows of x, a, u and weight are
         contiguous, but may be any number of elements apart.
         """
         ...

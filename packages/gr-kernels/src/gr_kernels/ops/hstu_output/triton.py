@@ -19,7 +19,7 @@ from gr_core.errors import PlanError
 from gr_core.stack import Gate
 from gr_kernels.cuda.device import device_of
 from gr_kernels.ops.hstu_output.interface import check_call
-from gr_kernels.ops.hstu_projection.triton import Norm, blocks_of, check_dtypes
+from gr_kernels.ops.hstu_projection.triton import SHARED_BYTES, Norm, blocks_of, check_dtypes
 from gr_kernels.tuning import configuration, power_of_two
 
 KERNEL = "hstu_output-triton"
@@ -181,14 +181,17 @@ def _gate(
 
 def CONFIGURATIONS(dtype: str, sizes: Mapping[str, int]) -> list[dict[str, int]]:
     """What `gr kernels tune` tries for `hstu_output_fused`, the default first."""
-    rows = sizes["rows"]
+    rows, narrow = sizes["rows"], dtype != "float32"
     tiles = [(16, 32, 4), (16, 64, 4), (32, 32, 4), (32, 64, 4), (64, 32, 4), (64, 64, 4)]
     if rows > 64:
         tiles = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8)]
     tried = [dict(default(dtype, sizes))]
     for m, n, warps in tiles:
         for k, stages, how in itertools.product((32, 64), (2, 3, 4), Norm):
-            if m <= max(16, rows) and not (how == Norm.IN_TILES and rows > 256):
+            if m > rows or (how == Norm.IN_TILES and rows > 256):
+                continue
+            operands = (m + n) if how == Norm.NORMED else (2 * m + 3 * n)
+            if stages * k * operands * (2 if narrow else 4) <= SHARED_BYTES:
                 tried.append(_launch(m, n, k, how, warps, stages))
     return [one for i, one in enumerate(tried) if one not in tried[:i]]
 
@@ -196,11 +199,15 @@ def CONFIGURATIONS(dtype: str, sizes: Mapping[str, int]) -> list[dict[str, int]]
 @functools.cache
 def _default(rows: int, width: int, narrow: bool) -> Mapping[str, int]:
     k = 64 if narrow else 32
-    if rows <= 64:
-        return _launch(rows, 32, k, 1, 4, 3)
+    if rows <= 32:
+        # As many programs as an H100 has processors, if that can be.
+        n = 16 if width <= 16 * 132 else 32
+        return _launch(rows, n, k, Norm.IN_TILES, 4, 3)
     if rows * width <= 132 * 128 * 64:
-        return _launch(64, 64, k, 2, 4, 2)
-    return _launch(128, 128, k, 3, 8, 3) if narrow else _launch(64, 64, k, 3, 4, 3)
+        # Of three weights at once, more columns of float32 would not fit into registers.
+        return _launch(64, 64 if narrow else 32, k, Norm.FROM_MOMENTS, 4, 2)
+    m, warps = (128, 8) if narrow else (64, 4)
+    return _launch(m, m, k, Norm.NORMED, warps, 3)
 
 
 def default(dtype: str, sizes: Mapping[str, int]) -> Mapping[str, int]:
@@ -208,7 +215,7 @@ def default(dtype: str, sizes: Mapping[str, int]) -> Mapping[str, int]:
     return _default(sizes["rows"], sizes["width"], dtype != "float32")
 
 
-def _launch(m: int, n: int, k: int, norm: int, warps: int, stages: int) -> dict[str, int]:
+def _launch(m: int, n: int, k: int, norm: Norm, warps: int, stages: int) -> dict[str, int]:
     return {
         "M": m,
         "N": n,

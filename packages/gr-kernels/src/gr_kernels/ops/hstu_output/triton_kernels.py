@@ -171,14 +171,14 @@ def add_product(
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     row_M = tile_m * M + tl.arange(0, M)
     column_N = tile_n * N + tl.arange(0, N)
-    real_M, real_N = row_M < rows, column_N < D
-    # Rows and columns beyond the ends are others' once more, so that no load needs a mask for them.
-    row_M, column_N = tl.minimum(row_M, rows - 1), tl.minimum(column_N, D - 1)
+    real_M, real_N = row_M < rows, below(column_N, D, N)
+    # What is beyond the ends is the last once more, so that the loop needs no masks for it.
+    row_M = tl.minimum(row_M, rows - 1)
     token_M = tokens_of(row_M, row_ptr)
     real_M &= token_M >= 0
     token_M = tl.maximum(token_M, 0)
     a_row_ptr = a_ptr + row_M.to(tl.int64) * a_stride
-    weight_row_ptr = weight_ptr + column_N.to(tl.int64) * weight_stride
+    weight_row_ptr = weight_ptr + tl.minimum(column_N, D - 1).to(tl.int64) * weight_stride
     x_MN = tl.zeros([M, N], tl.float32)
     if NORM == NORMED:
         Y: tl.constexpr = 3 * F if CONCATENATED else F
@@ -240,7 +240,7 @@ def add_product(
                     weight_NK = third_NK
             x_MN = tl.dot(gated_MK.to(dtype), tl.trans(weight_NK), x_MN, input_precision="tf32x3")
     if bias_ptr is not None:
-        x_MN += tl.load(bias_ptr + column_N).to(tl.float32)[None, :]
+        x_MN += tl.load(bias_ptr + column_N, mask=real_N, other=0.0).to(tl.float32)[None, :]
     x_MN_ptr = x_ptr + token_M[:, None] * x_stride + column_N[None, :]
     real_MN = real_M[:, None] & real_N[None, :]
     tl.store(x_MN_ptr, tl.load(x_MN_ptr, mask=real_MN, other=0.0) + x_MN, mask=real_MN)

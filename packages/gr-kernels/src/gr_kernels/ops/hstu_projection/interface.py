@@ -46,8 +46,9 @@ class Projection(Protocol):
         """(R, W) in the dtype of ``weight_WD``, which is ``out`` where that is given.
 
         ``x_TD`` is float32, bias and norm of any floating dtype. ``groups_T`` is uint8, int32 or
-        int64; None: all tokens are of group 0. ``rows_R`` is int64, in any order; a row of -1 is of
-        no token, and arbitrary in y; None: all tokens. Rows of x, weight and out are contiguous, but may be any number of elements apart.
+        int64; None: all tokens are of group 0. ``rows_R`` is int64, in any order; for a row of -1
+        that of y is arbitrary; None: all tokens. Rows of x, weight and out are contiguous, but may
+        be any number of elements apart.
         """
         ...
 

@@ -27,6 +27,8 @@ from gr_kernels.tuning import configuration, power_of_two
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNEL = "hstu_projection-triton"
+SHARED_BYTES = 220 * 1024
+"""Of operands at once: a block of an H100 may use 227 KiB. What needs more is not even tried."""
 
 
 class Norm(enum.IntEnum):
@@ -199,7 +201,10 @@ def CONFIGURATIONS(dtype: str, sizes: Mapping[str, int]) -> list[dict[str, int]]
     for m, n, warps in tiles:
         steps = (32, 64) if not narrow else (64, 128) if m * n <= 64 * 64 else (64,)
         for k, stages, how in itertools.product(steps, (3, 4), Norm):
-            if m <= max(16, rows) and not (how == Norm.IN_TILES and rows > 256):
+            if m > rows or (how == Norm.IN_TILES and rows > 256):
+                continue
+            item = 2 if narrow else 4
+            if stages * k * (m * (item if how == Norm.NORMED else 4) + n * item) <= SHARED_BYTES:
                 tried.append(_launch(m, n, k, how, warps, stages))
     return [one for i, one in enumerate(tried) if one not in tried[:i]]
 
@@ -207,11 +212,14 @@ def CONFIGURATIONS(dtype: str, sizes: Mapping[str, int]) -> list[dict[str, int]]
 @functools.cache
 def _default(rows: int, columns: int, narrow: bool) -> Mapping[str, int]:
     k = 64 if narrow else 32
-    if rows <= 64:
-        return _launch(rows, 32 if columns <= 4096 else 64, 2 * k, 1, 4, 3)
+    if rows <= 32:
+        # As many programs as an H100 has processors, if that can be.
+        n = 16 if columns <= 16 * 132 else 32
+        return _launch(rows, n, 2 * k, Norm.IN_TILES, 4, 3)
     if rows * columns <= 132 * 128 * 128:
-        return _launch(64, 64, k, 2, 4, 3)
-    return _launch(128, 128, k, 3, 8, 3) if narrow else _launch(64, 64, k, 3, 4, 3)
+        return _launch(64, 64, k, Norm.FROM_MOMENTS, 4, 3)
+    m, warps = (128, 8) if narrow else (64, 4)
+    return _launch(m, m, k, Norm.NORMED, warps, 3)
 
 
 def default(dtype: str, sizes: Mapping[str, int]) -> Mapping[str, int]:
@@ -219,7 +227,7 @@ def default(dtype: str, sizes: Mapping[str, int]) -> Mapping[str, int]:
     return _default(sizes["rows"], sizes["columns"], dtype != "float32")
 
 
-def _launch(m: int, n: int, k: int, norm: int, warps: int, stages: int) -> dict[str, int]:
+def _launch(m: int, n: int, k: int, norm: Norm, warps: int, stages: int) -> dict[str, int]:
     return {
         "M": m,
         "N": n,

@@ -176,12 +176,12 @@ def project(
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     row_M = tile_m * M + tl.arange(0, M)
     column_N = tile_n * N + tl.arange(0, N)
-    real_M, real_N = row_M < rows, column_N < W
-    # Rows and columns beyond the ends are others' once more, so that no load needs a mask for them.
-    row_M, column_N = tl.minimum(row_M, rows - 1), tl.minimum(column_N, W - 1)
+    real_M, real_N = row_M < rows, below(column_N, W, N)
+    # What is beyond the ends is the last once more, so that the loop needs no masks for it.
+    row_M = tl.minimum(row_M, rows - 1)
     token_M = tl.maximum(tokens_of(row_M, row_ptr), 0)
     x_row_ptr = x_ptr + token_M * x_stride
-    weight_row_ptr = weight_ptr + column_N.to(tl.int64) * weight_stride
+    weight_row_ptr = weight_ptr + tl.minimum(column_N, W - 1).to(tl.int64) * weight_stride
     if NORM == IN_TILES:
         mean_M, scale_M = moments(x_row_ptr, eps, M, D, K)
     elif NORM == FROM_MOMENTS:
@@ -205,7 +205,7 @@ def project(
             )
         y_MN = tl.dot(x_MK.to(dtype), tl.trans(weight_NK), y_MN, input_precision="tf32x3")
     if bias_ptr is not None:
-        y_MN += tl.load(bias_ptr + column_N).to(tl.float32)[None, :]
+        y_MN += tl.load(bias_ptr + column_N, mask=real_N, other=0.0).to(tl.float32)[None, :]
     if SILU_FIRST < SILU_END:
         inside_N = (column_N >= SILU_FIRST) & (column_N < SILU_END)
         y_MN = tl.where(inside_N[None, :], silu(y_MN), y_MN)
