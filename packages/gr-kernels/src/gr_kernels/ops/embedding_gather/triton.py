@@ -8,6 +8,7 @@ Shapes as in `gr_kernels.ops.embedding_gather.interface`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 
@@ -21,7 +22,7 @@ from gr_kernels.tuning import configuration, power_of_two
 
 KERNEL = "embedding_gather-triton"
 _VECTOR_BYTES = 16
-"""What a thread loads at once."""
+"""What a thread loads at once, if tables, rows and columns begin at multiples of it."""
 _STEP = 8
 """Tables whose rows are loaded at once."""
 
@@ -64,11 +65,8 @@ class TritonEmbeddingGather:
         self.width = widths[0] if self._adds else sum(widths)
         self._widest = max(widths)
         numbers = self._numbers()
-        vector = _VECTOR_BYTES // self._first.element_size()
-        places_in_memory = [number for row in numbers for number in (row[0], *row[2:])]
-        fits = not self._first.data_ptr() % _VECTOR_BYTES and self.width % vector == 0
-        aligned = all(number % vector == 0 for number in places_in_memory)
-        self._aligned = vector if fits and aligned else 1
+        in_memory = [number for row in numbers for number in (row[0], *row[2:])]
+        self._aligned = math.gcd(_VECTOR_BYTES // self._first.element_size(), *in_memory)
         self._where = torch.tensor(numbers, device=self._first.device)
 
     def _numbers(self) -> list[list[int]]:

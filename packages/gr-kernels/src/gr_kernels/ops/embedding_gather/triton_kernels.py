@@ -2,7 +2,7 @@
 
 A table of numbers says where the tables lie: its row f has, in elements from the first table, where
 table f begins; its rows; how far apart they are; its columns; and the column of the answer that it
-starts at. All of it that is about places in memory is a multiple of ALIGNED elements.
+starts at. All but the number of rows are multiples of ALIGNED.
 
 Shapes: T tokens, M of them in a program, C columns of a program, F tables.
 """

@@ -19,7 +19,7 @@ NONE = tl.constexpr(-(2**63))
 def keys_of(score, row):
     """See `gr_kernels.ops.item_topk.interface`."""
     score = tl.where(score == score, score, float("-inf"))
-    score = tl.where(score == 0.0, 0.0, score)  # of the two zeros, one
+    score = tl.where(score == 0.0, 0.0, score)  # of the two zeros, which a product may give, one
     bits = score.to(tl.int32, bitcast=True)
     in_order = bits ^ ((bits >> 31) & MAX_ROWS)
     return (in_order.to(tl.int64) << 32) | (row ^ MAX_ROWS).to(tl.int64)
