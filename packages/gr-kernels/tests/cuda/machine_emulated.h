@@ -8,7 +8,6 @@
 
 #include <ucontext.h>
 
-#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -56,8 +55,9 @@ struct Fiber {
   bool is_done = false;
   // Groups of copies under way, oldest first; the last is not committed yet.
   std::vector<std::vector<AsyncCopy>> copies{1};
-  // The same for products of warp groups.
-  std::vector<std::vector<std::function<void()>>> products{1};
+  bool has_unfenced = false;  // copies that arrived, and that products may not read yet
+  // Groups of products under way, oldest first.
+  std::vector<std::function<void()>> products;
 };
 
 struct Block {
@@ -72,6 +72,8 @@ struct Block {
   long progress = 0;  // grows with everything that may end somebody's wait
   ucontext_t scheduler;
   std::function<void()> body;
+  // Tensor-memory copies under way: who waits for a barrier lets one arrive.
+  std::vector<std::function<void()>> boxes;
 };
 
 inline thread_local Block* block = nullptr;
@@ -146,8 +148,9 @@ inline void run_block(Block& of) {
   }
   for (Fiber& fiber : of.fibers) {
     if (fiber.copies.size() > 1 || !fiber.copies[0].empty()) fail("copies are left under way");
-    if (fiber.products.size() > 1 || !fiber.products[0].empty()) fail("products are left");
+    if (!fiber.products.empty()) fail("products are left under way");
   }
+  if (!of.boxes.empty()) fail("tensor-memory copies are left under way");
   block = nullptr;
 }
 
@@ -204,7 +207,10 @@ template <int kLeft>
 inline void copy_wait() {
   auto& copies = emulated::self().copies;
   while (copies.size() - 1 > kLeft) {
-    for (const auto& copy : copies.front()) std::memcpy(copy.to, &copy.value, 16);
+    for (const auto& copy : copies.front()) {
+      std::memcpy(copy.to, &copy.value, 16);
+      emulated::self().has_unfenced = true;
+    }
     copies.erase(copies.begin());
   }
 }

@@ -55,7 +55,7 @@ int attend(const GrHstuAttention& call, void* stream, const Answer& answer) {
   using Of = Sm90<T, kD>;
   Sm90Parameters of;
   of.call = parameters(call);
-  if (const char* why = tensor_maps<Of>(call, of)) return answer(GR_CUDA_FAILED, "%s", why);
+  if (const char* why = tensor_maps<Of>(of, call.keys)) return answer(GR_CUDA_FAILED, "%s", why);
   const auto kernel = hstu_attention_sm90<Of>;
 #else
   using Of = Sm80<T, kD>;
