@@ -19,7 +19,7 @@ from gr_core.errors import PlanError
 from gr_core.stack import Gate
 from gr_kernels.cuda.device import device_of
 from gr_kernels.ops.hstu_output.interface import check_call
-from gr_kernels.ops.hstu_projection.triton import SHARED_BYTES, Norm, blocks_of, check_dtypes
+from gr_kernels.ops.hstu_projection.triton import SHARED_BYTES, Norm, blocks_of, check_dtypes, tiles
 from gr_kernels.tuning import configuration, power_of_two
 
 KERNEL = "hstu_output-triton"
@@ -182,16 +182,15 @@ def _gate(
 def CONFIGURATIONS(dtype: str, sizes: Mapping[str, int]) -> list[dict[str, int]]:
     """What `gr kernels tune` tries for `hstu_output_fused`, the default first."""
     rows, narrow = sizes["rows"], dtype != "float32"
-    tiles = [(16, 32, 4), (16, 64, 4), (32, 32, 4), (32, 64, 4), (64, 32, 4), (64, 64, 4)]
-    if rows > 64:
-        tiles = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8)]
     tried = [dict(default(dtype, sizes))]
-    for m, n, warps in tiles:
-        for k, stages, how in itertools.product((32, 64), (2, 3, 4), Norm):
-            if m > rows or (how == Norm.IN_TILES and rows > 256):
-                continue
-            operands = (m + n) if how == Norm.NORMED else (2 * m + 3 * n)
-            if stages * k * operands * (2 if narrow else 4) <= SHARED_BYTES:
+    for (m, n, warps), how in itertools.product(tiles(rows, narrow), Norm):
+        if how == Norm.IN_TILES and rows > 256:
+            continue
+        k = (128 if m * n <= 32 * 64 else 64) if narrow else 32
+        operands = (m + n) if how == Norm.NORMED else (2 * m + 3 * n)
+        for stages in (2, 3, 4):
+            is_deep = stages > 2 if how == Norm.NORMED else stages < 4
+            if is_deep and stages * k * operands * (2 if narrow else 4) <= SHARED_BYTES:
                 tried.append(_launch(m, n, k, how, warps, stages))
     return [one for i, one in enumerate(tried) if one not in tried[:i]]
 

@@ -193,20 +193,25 @@ def blocks_of(columns: int) -> tuple[int, int]:
 def CONFIGURATIONS(dtype: str, sizes: Mapping[str, int]) -> list[dict[str, int]]:
     """What `gr kernels tune` tries for `hstu_projection_fused`, the default first."""
     rows, narrow = sizes["rows"], dtype != "float32"
-    tiles = [(16, 32, 4), (16, 64, 4), (32, 32, 4), (32, 64, 4), (64, 32, 4), (64, 64, 4)]
-    if rows > 64:
-        tiles = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8)]
-        tiles += [(128, 256, 8), (64, 256, 8)] if narrow else []
     tried = [dict(default(dtype, sizes))]
-    for m, n, warps in tiles:
-        steps = (32, 64) if not narrow else (64, 128) if m * n <= 64 * 64 else (64,)
-        for k, stages, how in itertools.product(steps, (3, 4), Norm):
-            if m > rows or (how == Norm.IN_TILES and rows > 256):
-                continue
-            item = 2 if narrow else 4
-            if stages * k * (m * (item if how == Norm.NORMED else 4) + n * item) <= SHARED_BYTES:
+    for (m, n, warps), how in itertools.product(tiles(rows, narrow), Norm):
+        if how == Norm.IN_TILES and rows > 256:
+            continue
+        k = (128 if m * n <= 32 * 64 else 64) if narrow else 32
+        item = 2 if narrow else 4
+        operands = m * (item if how == Norm.NORMED else 4) + n * item
+        for stages in (3, 4):
+            if stages * k * operands <= SHARED_BYTES:
                 tried.append(_launch(m, n, k, how, warps, stages))
     return [one for i, one in enumerate(tried) if one not in tried[:i]]
+
+
+def tiles(rows: int, narrow: bool) -> list[tuple[int, int, int]]:
+    """M, N and warps that may be fastest for so many rows."""
+    if rows <= 64:
+        return [(m, n, 4) for m in (rows // 2, rows) if m >= 16 for n in (16, 32, 64)]
+    wide = [(128, 256, 8)] if narrow and rows > 256 else []
+    return [(64, 32, 4), (64, 64, 4), (64, 128, 4), (128, 64, 8), (128, 128, 8), *wide]
 
 
 @functools.cache
