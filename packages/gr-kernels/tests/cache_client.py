@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gr_kernels.cache.paged import PagedCache, PagedLease, PagedSpace
+from gr_kernels.cache.store import Store
 from gr_kernels.cache.tree import MAX_MARKS, Node
 
 WIDTH = 3
@@ -83,7 +84,19 @@ class Client:
 
 def audit(cache: PagedCache) -> None:
     """Everything that must hold of the nodes, the pools and the marks, at any time."""
-    store = cache._store
+    for store in cache._stores.values():
+        _audit(store)
+    told = cache.statistics()
+    assert 0 <= told.bytes <= told.capacity_bytes
+    assert told.entries == sum(
+        n.block is not None
+        for store in cache._stores.values()
+        for t in store.trees.values()
+        for n in t.index.values()
+    )
+
+
+def _audit(store: Store) -> None:
     reserved = 0
     marked: dict[bytes, set[Node]] = {}
     pins: dict[Node, int] = {}
@@ -145,8 +158,3 @@ def audit(cache: PagedCache) -> None:
         assert set(share.queue) <= set(nodes)
     assert marked == store.owners
     assert reserved == store.arena.reserved <= store.arena.capacity
-    told = cache.statistics()
-    assert 0 <= told.bytes <= told.capacity_bytes
-    assert told.entries == sum(
-        n.block is not None for t in store.trees.values() for n in t.index.values()
-    )
