@@ -139,7 +139,7 @@ COPIES = (torch.ops.aten.to, torch.ops.aten._to_copy)
 
 
 class OneDevice(TorchDispatchMode):
-    """Counts copies to the meta device, and fails where operations mix it with the CPU.
+    """Counts copies to the meta device, and fails where one operation mixes it with the CPU.
 
     Operations that would wait for a device fail by themselves, as this one has no numbers.
     """
@@ -181,7 +181,8 @@ def test_one_copy_and_no_wait(
     expected = batch.run(opened.jagged, "cpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jagged_ranking, "MAX_ITEM_TABLE_BYTES", bound)
-        ends = jagged(without_layers(opened.module, "meta"))
+        with OneDevice():
+            ends = jagged(without_layers(opened.module, "meta"))
     rows = batch.rows.to("meta")
     with OneDevice() as embedding:
         x_TD = ends.embed(batch.requests, batch.sequences, batch.starts)
