@@ -40,43 +40,12 @@ def time_bucket(gap, threshold_ptr, BUCKETS: tl.constexpr):
     slightly off, and one comparison."""
     log2 = tl.log2(tl.maximum(gap, 1).to(tl.float32))
     bucket = tl.maximum(log2 * BUCKETS_PER_OCTAVE - BUCKET_SLACK, 0.0).to(tl.int32)
-    bucket = tl.minimum(bucket, BUCKETS - 2)
-    return bucket + (gap >= tl.load(threshold_ptr + bucket)).to(tl.int32)
-
-
-@triton.jit
-def biased(
-    score,
-    place,
-    real,
-    pair_ptr,
-    history,
-    position_ptr,
-    position,
-    time_ptr,
-    threshold_ptr,
-    times_ptr,
-    next_time,
-    P: tl.constexpr,
-    BUCKETS: tl.constexpr,
-):
-    """Adds the biases of pairs to their scores.
-
-    All of one shape, or broadcast to that; ``pair_ptr`` and ``times_ptr`` point to what belongs to
-    the place; P and BUCKETS are 0 without the tables.
-    """
-    if pair_ptr is not None:
-        score += tl.load(pair_ptr, mask=real, other=0.0)
-    if P:
-        at = tl.minimum(place, history) - position + (P - 1)
-        score += tl.load(position_ptr + at, mask=real, other=0.0)
-    if BUCKETS:
-        gap = tl.abs(next_time - tl.load(times_ptr, mask=real, other=0))
-        if BUCKETS == 1:
-            score += tl.load(time_ptr)
-        else:
-            score += tl.load(time_ptr + time_bucket(gap, threshold_ptr, BUCKETS))
-    return score
+    if BUCKETS > 1:
+        bucket = tl.minimum(bucket, BUCKETS - 2)
+        bucket += (gap >= tl.load(threshold_ptr + bucket)).to(tl.int32)
+    else:
+        bucket = bucket * 0
+    return bucket
 
 
 @triton.jit
@@ -111,6 +80,106 @@ def columns_mask(real, column, D: tl.constexpr, PADDED: tl.constexpr):
     if D < PADDED:
         mask = mask & (column < D)[None, :]
     return mask
+
+
+@triton.jit
+def load_rows(row_ptr, real, D: tl.constexpr, PADDED: tl.constexpr):
+    """Rows of D columns, zeros where they are not real; ``real`` None: all are."""
+    column = tl.arange(0, PADDED)
+    ptr = row_ptr[:, None] + column[None, :]
+    if real is not None:
+        values = tl.load(ptr, mask=columns_mask(real, column, D, PADDED), other=0.0)
+    elif D < PADDED:
+        values = tl.load(ptr, mask=(column < D)[None, :], other=0.0)
+    else:
+        values = tl.load(ptr)
+    return values
+
+
+@triton.jit
+def edge_of(step, left, right, lowest, full_from, full_to, highest, own_ptr, rows, N: tl.constexpr):
+    """A tile of those that not all rows see whole.
+
+    These are ``left`` steps before the full tiles, ``right`` after them, then keys that are apart,
+    each in the place of its row. Returns the places, -1 where there is none; what the first counts
+    as for the rows' intervals; and whether the keys are apart.
+    """
+    is_left, is_apart = step < left, step >= left + right
+    first = tl.where(is_left, lowest + step, full_to + step - left)
+    end = tl.where(is_left, full_from, highest)
+    first = tl.where(is_apart, step - left - right, first)
+    end = tl.where(is_apart, rows, end)
+    index_N = first + tl.arange(0, N)
+    real_N = index_N < end
+    own_N = tl.load(own_ptr + index_N, mask=real_N & is_apart, other=-1)
+    return tl.where(is_apart, own_N, tl.where(real_N, index_N, -1)), first, is_apart
+
+
+@triton.jit
+def plus_tile(
+    a_MV,
+    q_MK,
+    place_N,
+    address_N,
+    first,
+    from_M,
+    to_M,
+    alpha,
+    k_row_ptr,
+    v_row_ptr,
+    k_token_stride,
+    v_token_stride,
+    k_in_block,
+    v_in_block,
+    real_M,
+    pair_row_ptr,
+    history,
+    position_ptr,
+    position_M,
+    time_ptr,
+    threshold_ptr,
+    times_row_ptr,
+    next_time_M,
+    FULL: tl.constexpr,
+    D_QK: tl.constexpr,
+    D_V: tl.constexpr,
+    P: tl.constexpr,
+    BUCKETS: tl.constexpr,
+    K_ALIGNED: tl.constexpr,
+    V_ALIGNED: tl.constexpr,
+    TANH: tl.constexpr,
+):
+    """Adds what the keys of the places give: to all rows where it is FULL, else to those whose
+    interval has the key's number, which counts from ``first``."""
+    K: tl.constexpr = q_MK.shape[1]
+    V: tl.constexpr = a_MV.shape[1]
+    N: tl.constexpr = place_N.shape[0]
+    real_N = None
+    if not FULL:
+        real_N = place_N >= 0
+    k_ptr_N = row_of(place_N, address_N, k_row_ptr, k_token_stride, k_in_block, D_QK, K_ALIGNED)
+    v_ptr_N = row_of(place_N, address_N, v_row_ptr, v_token_stride, v_in_block, D_V, V_ALIGNED)
+    k_NK = load_rows(k_ptr_N, real_N, D_QK, K)
+    v_NV = load_rows(v_ptr_N, real_N, D_V, V)
+    score_MN = tl.dot(q_MK, tl.trans(k_NK), input_precision="tf32x3") * alpha
+    if pair_row_ptr is not None:
+        real_MN = real_M[:, None] & (place_N >= 0)[None, :]
+        score_MN += tl.load(pair_row_ptr[:, None] + place_N[None, :], mask=real_MN, other=0.0)
+    if P:
+        at_MN = tl.minimum(place_N, history)[None, :] - position_M[:, None] + (P - 1)
+        score_MN += tl.load(position_ptr + at_MN, mask=(place_N >= 0)[None, :], other=0.0)
+    if BUCKETS:
+        times_N = tl.load(times_row_ptr + place_N, mask=place_N >= 0, other=0)
+        gap_MN = tl.abs(next_time_M[:, None] - times_N[None, :])
+        score_MN += tl.load(time_ptr + time_bucket(gap_MN, threshold_ptr, BUCKETS))
+    weight_MN = silu(score_MN, TANH)
+    if not FULL:
+        # One comparison without signs instead of two with: from, and to.
+        at_MN = (first - from_M)[:, None] + tl.arange(0, N)[None, :]
+        length_M = tl.maximum(to_M - from_M, 0)
+        sees_MN = at_MN.to(tl.uint32) < length_M.to(tl.uint32)[:, None]
+        weight_MN = tl.where(sees_MN, weight_MN, 0.0)
+    return tl.dot(weight_MN.to(v_NV.dtype), v_NV, a_MV, input_precision="tf32x3")
 
 
 @triton.jit
@@ -169,19 +238,18 @@ def attend(
     K_ALIGNED and V_ALIGNED: bytes that every row of K and of V is aligned to, in blocks or not.
     """
     dtype: tl.constexpr = q_ptr.dtype.element_ty
-    HAS_BIAS: tl.constexpr = pair_ptr is not None or P > 0 or BUCKETS > 0
     # The last rows of a sequence see most, so they come first.
     block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     row_M = tl.arange(0, M)
     k_column, v_column = tl.arange(0, K), tl.arange(0, V)
     a_head_ptr = a_ptr + head.to(tl.int64) * a_head_stride
-    first, last = tl.load(query_offset_ptr), tl.load(query_offset_ptr + sequences)
+    front, back = tl.load(query_offset_ptr), tl.load(query_offset_ptr + sequences)
 
     # Rows of no sequence, of which every program has its share.
-    nobody = tokens - (last - first)
+    nobody = tokens - (back - front)
     if block * M < nobody:
         outside_M = (block * M + row_M).to(tl.int64)
-        token_M = tl.where(outside_M < first, outside_M, outside_M - first + last)
+        token_M = tl.where(outside_M < front, outside_M, outside_M - front + back)
         zero_ptr = a_head_ptr + token_M[:, None] * a_token_stride + v_column[None, :]
         mask = columns_mask(outside_M < nobody, v_column, D_V, V)
         tl.store(zero_ptr, tl.zeros([M, V], a_ptr.dtype.element_ty), mask=mask)
@@ -191,14 +259,14 @@ def attend(
     left, right = 0, sequences
     while left < right:
         middle = (left + right) // 2
-        begins = (tl.load(query_offset_ptr + middle) - first) // M + middle
+        begins = (tl.load(query_offset_ptr + middle) - front) // M + middle
         if begins <= block:
             left = middle + 1
         else:
             right = middle
     sequence = left - 1
     start, end = tl.load(query_offset_ptr + sequence), tl.load(query_offset_ptr + sequence + 1)
-    from_row = ((block - (start - first) // M - sequence) * M).to(tl.int32)
+    from_row = ((block - (start - front) // M - sequence) * M).to(tl.int32)
     rows = (end - start).to(tl.int32) - from_row
     if rows > 0:
         key_start = tl.load(key_offset_ptr + sequence).to(tl.int64)
@@ -220,8 +288,8 @@ def attend(
             # As of a causal mask: their intervals are one longer.
             high_M += next_M.to(tl.int32)
         some_M = real_M & (low_M < high_M)
-        lowest = tl.min(tl.where(some_M, low_M, LARGEST_INT))
         highest = tl.max(tl.where(some_M, high_M, 0))
+        lowest = tl.minimum(tl.min(tl.where(some_M, low_M, LARGEST_INT)), highest)
 
         q_row_ptr = q_ptr + start * q_token_stride + head.to(tl.int64) * q_head_stride
         q_at_MK = row_M[:, None] * q_token_stride + k_column[None, :]
@@ -238,7 +306,6 @@ def attend(
         )
 
         pair_row_ptr, history, position_M, times_row_ptr, next_time_M = None, 0, None, None, None
-        position_M1, next_time_M1 = None, None
         if pair_ptr is not None:
             keys = count + (tl.load(key_offset_ptr + sequence + 1) - key_start)
             pair_row_ptr = pair_ptr + tl.load(pair_start_ptr + sequence) + from_row * keys
@@ -246,98 +313,111 @@ def attend(
         if P:
             history = tl.load(history_ptr + sequence)
             position_M = tl.load(positions_ptr + start + row_M, mask=real_M, other=0)
-            position_M1 = position_M[:, None]
         if BUCKETS:
             times_row_ptr = times_ptr + tl.load(time_start_ptr + sequence)
             next_time_M = tl.load(next_time_ptr + start + row_M, mask=real_M, other=0)
-            next_time_M1 = next_time_M[:, None]
 
+        # Tiles that all rows see whole need no masks.
+        full_from = tl.max(tl.where(real_M, low_M, 0))
+        full_to = tl.min(tl.where(real_M, high_M, LARGEST_INT))
+        full = tl.maximum(full_to - full_from, 0) // N * N
+        full_from = tl.where(full > 0, full_from, lowest)
+        full_to = full_from + full
         a_MV = tl.zeros([M, V], tl.float32)
-        if any_apart:
-            address_M = block_of(own_M, apart_M, count, address_ptr, CACHED)
-            k_ptr_M = row_of(
-                own_M, address_M, k_row_ptr, k_token_stride, k_in_block, D_QK, K_ALIGNED
-            )
-            v_ptr_M = row_of(
-                own_M, address_M, v_row_ptr, v_token_stride, v_in_block, D_V, V_ALIGNED
-            )
-            apart_MK = columns_mask(apart_M, k_column, D_QK, K)
-            apart_MV = columns_mask(apart_M, v_column, D_V, V)
-            own_MK = tl.load(k_ptr_M[:, None] + k_column[None, :], mask=apart_MK, other=0.0)
-            score_M = tl.sum(q_MK.to(tl.float32) * own_MK.to(tl.float32), axis=1) * alpha
-            if HAS_BIAS:
-                pair_ptr_M, times_ptr_M = None, None
-                if pair_ptr is not None:
-                    pair_ptr_M = pair_row_ptr + own_M
-                if BUCKETS:
-                    times_ptr_M = times_row_ptr + own_M
-                score_M = biased(
-                    score_M,
-                    own_M,
-                    apart_M,
-                    pair_ptr_M,
-                    history,
-                    position_ptr,
-                    position_M,
-                    time_ptr,
-                    threshold_ptr,
-                    times_ptr_M,
-                    next_time_M,
-                    P,
-                    BUCKETS,
-                )
-            weight_M = tl.where(apart_M, silu(score_M, TANH), 0.0)
-            own_MV = tl.load(v_ptr_M[:, None] + v_column[None, :], mask=apart_MV, other=0.0)
-            a_MV = weight_M[:, None] * own_MV.to(tl.float32)
-
-        # Without any key to see, lowest is behind them all, too far to count from.
-        from_block = tl.minimum(lowest, highest) // BLOCK * BLOCK
-        # One step ahead, so that no step waits for it.
-        from_N = from_block + tl.arange(0, N)
-        next_N = block_of(from_N, from_N < highest, count, address_ptr, CACHED)
+        # Blocks of the next tile, so that no step waits for them.
+        key_N = full_from + tl.arange(0, N)
+        next_N = block_of(key_N, key_N < full_to, count, address_ptr, CACHED)
         # From 0 on: of another begin Triton knows too little to see that rows are contiguous.
-        for step in range(0, highest - from_block, N):
-            from_key = from_block + step
-            key_N = from_key + tl.arange(0, N)
+        for step in range(0, full, N):
+            key_N = full_from + step + tl.arange(0, N)
             address_N = next_N
             if CACHED:
-                next_N = block_of(key_N + N, key_N + N < highest, count, address_ptr, CACHED)
-            k_ptr_N = row_of(
-                key_N, address_N, k_row_ptr, k_token_stride, k_in_block, D_QK, K_ALIGNED
+                next_N = block_of(key_N + N, key_N + N < full_to, count, address_ptr, CACHED)
+            a_MV = plus_tile(
+                a_MV,
+                q_MK,
+                key_N,
+                address_N,
+                0,
+                low_M,
+                high_M,
+                alpha,
+                k_row_ptr,
+                v_row_ptr,
+                k_token_stride,
+                v_token_stride,
+                k_in_block,
+                v_in_block,
+                real_M,
+                pair_row_ptr,
+                history,
+                position_ptr,
+                position_M,
+                time_ptr,
+                threshold_ptr,
+                times_row_ptr,
+                next_time_M,
+                True,
+                D_QK,
+                D_V,
+                P,
+                BUCKETS,
+                K_ALIGNED,
+                V_ALIGNED,
+                TANH,
             )
-            v_ptr_N = row_of(
-                key_N, address_N, v_row_ptr, v_token_stride, v_in_block, D_V, V_ALIGNED
+
+        left = tl.cdiv(full_from - lowest, N) * N
+        right = tl.cdiv(tl.maximum(highest - full_to, 0), N) * N
+        own_ptr += start
+        own_rows = tl.minimum(rows, M)
+        next_place_N, next_first, next_apart = edge_of(
+            0, left, right, lowest, full_from, full_to, highest, own_ptr, own_rows, N
+        )
+        next_N = block_of(next_place_N, next_place_N >= 0, count, address_ptr, CACHED)
+        for step in range(0, left + right + any_apart * M, N):
+            place_N = next_place_N
+            address_N = next_N
+            first = next_first
+            is_apart = next_apart
+            next_place_N, next_first, next_apart = edge_of(
+                step + N, left, right, lowest, full_from, full_to, highest, own_ptr, own_rows, N
             )
-            real_NK = columns_mask(key_N < highest, k_column, D_QK, K)
-            real_NV = columns_mask(key_N < highest, v_column, D_V, V)
-            k_NK = tl.load(k_ptr_N[:, None] + k_column[None, :], mask=real_NK, other=0.0)
-            v_NV = tl.load(v_ptr_N[:, None] + v_column[None, :], mask=real_NV, other=0.0)
-            score_MN = tl.dot(q_MK, tl.trans(k_NK), input_precision="tf32x3") * alpha
-            if HAS_BIAS:
-                pair_ptr_MN, times_ptr_1N = None, None
-                if pair_ptr is not None:
-                    pair_ptr_MN = tl.expand_dims(pair_row_ptr, 1) + key_N[None, :]
-                if BUCKETS:
-                    times_ptr_1N = times_row_ptr + key_N[None, :]
-                score_MN = biased(
-                    score_MN,
-                    key_N[None, :],
-                    real_M[:, None] & (key_N < highest)[None, :],
-                    pair_ptr_MN,
-                    history,
-                    position_ptr,
-                    position_M1,
-                    time_ptr,
-                    threshold_ptr,
-                    times_ptr_1N,
-                    next_time_M1,
-                    P,
-                    BUCKETS,
-                )
-            weight_MN = silu(score_MN, TANH)
-            sees_MN = (key_N[None, :] >= low_M[:, None]) & (key_N[None, :] < high_M[:, None])
-            weight_MN = tl.where(sees_MN, weight_MN, 0.0)
-            a_MV = tl.dot(weight_MN.to(dtype), v_NV, a_MV, input_precision="tf32x3")
+            if CACHED:
+                next_N = block_of(next_place_N, next_place_N >= 0, count, address_ptr, CACHED)
+            a_MV = plus_tile(
+                a_MV,
+                q_MK,
+                place_N,
+                address_N,
+                first,
+                tl.where(is_apart, row_M, low_M),
+                tl.where(is_apart, row_M + apart_M.to(tl.int32), high_M),
+                alpha,
+                k_row_ptr,
+                v_row_ptr,
+                k_token_stride,
+                v_token_stride,
+                k_in_block,
+                v_in_block,
+                real_M,
+                pair_row_ptr,
+                history,
+                position_ptr,
+                position_M,
+                time_ptr,
+                threshold_ptr,
+                times_row_ptr,
+                next_time_M,
+                False,
+                D_QK,
+                D_V,
+                P,
+                BUCKETS,
+                K_ALIGNED,
+                V_ALIGNED,
+                TANH,
+            )
 
         a_row_ptr = a_head_ptr + start * a_token_stride
         real_MV = columns_mask(real_M, v_column, D_V, V)
