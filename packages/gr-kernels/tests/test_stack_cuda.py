@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,8 +33,11 @@ WAYS = ("fused", "product")
 
 
 @pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    return device_for(request.param, monkeypatch)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """With NaN and the largest numbers in memory that nobody has written to."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield device_for(request.param, monkeypatch)
+    torch.use_deterministic_algorithms(False)
 
 
 class Chosen(Ops):

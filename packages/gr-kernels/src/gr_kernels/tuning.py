@@ -8,11 +8,13 @@ measured inside a request.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -60,8 +62,23 @@ def configuration(
 
     ``device`` is a name as `device_name` gives it; None: that of the current CUDA device.
     """
+    if kernel in _tried:
+        return _tried[kernel]
     found = _found(device or device_name(), kernel, dtype, tuple(sorted(sizes.items())))
     return default if found is None else found.config
+
+
+@contextlib.contextmanager
+def trying(kernel: str, config: Mapping[str, int]) -> Iterator[None]:
+    """Launches a kernel in a certain way, to measure it; in the whole process."""
+    _tried[kernel] = config
+    try:
+        yield
+    finally:
+        del _tried[kernel]
+
+
+_tried: dict[str, Mapping[str, int]] = {}
 
 
 def measured(
@@ -135,7 +152,18 @@ def _entry(raw: Any) -> Entry:
     return entry
 
 
-def dump(entries: list[Entry]) -> str:
+def write(path: Path, entries: Sequence[Entry]) -> None:
+    """Replaces a file of entries, at once and whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(dump(entries), encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def dump(entries: Sequence[Entry]) -> str:
     """The inverse of `parse`."""
     return json.dumps({"version": VERSION, "entries": [asdict(e) for e in entries]}, indent=1)
 

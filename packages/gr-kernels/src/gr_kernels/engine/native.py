@@ -117,8 +117,9 @@ class NativeEngine:
                     made[id(stack)] = _load_layers(model, stack, options, own, threads)
                 self._layers[task] = made[id(stack)]
             if Task.RETRIEVE in tasks:
-                device = options.device
-                self._index = make_index(model.item_table(), own.index, threads, device)
+                self._index = make_index(
+                    model.item_table(), own.index, threads, options.device, kernels=own.kernels
+                )
         except BaseException:
             self.close()
             raise

@@ -170,6 +170,8 @@ def fill(arrays: Mapping[str, _Array], segments: Sequence[Segment], sizes: Sizes
         if sizes.rows:
             arrays[name + "_R"][:] = of_tokens[row_R]
     if "group_T" in arrays:
+        # Norms read those of tokens that are not there, too.
+        arrays["group_T"][tokens:] = 0
         arrays["group_T"][:tokens] = _joined(segments, "groups", lengths)
 
 
