@@ -88,7 +88,8 @@ def check_call(
         raise ValueError(
             f"a has the shape {tuple(a_RHV.shape)}; expected ({rows}, H, V), H·V being {f}"
         )
-    if rows and not a_RHV[0].is_contiguous():
+    _, heads, d_v = a_RHV.shape
+    if (d_v > 1 and a_RHV.stride(2) != 1) or (heads > 1 and a_RHV.stride(1) != d_v):
         raise ValueError(f"a has the strides {a_RHV.stride()}; expected contiguous rows (H, V)")
     if len(u_RF) != rows:
         raise ValueError(f"u has the shape {tuple(u_RF.shape)}; expected ({rows}, {f})")
