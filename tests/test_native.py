@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from gr_core import Task
 from gr_core.contracts import Artifact, Cache, EngineOptions, InferenceResult
@@ -104,6 +105,27 @@ def test_a_pass_in_pieces_is_one_pass(
         split.load(Artifact("torch", model.bundle.path), model, [task], options)
         assert_equal(split.infer(batch), at_once, f"{tokens} tokens at once")
         split.close()
+    engine.close()
+
+
+def test_a_gpu_that_failed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA answers nothing any more then; an error of another kind is over with its batch."""
+    model = load(write(tmp_path, "ranking"))
+    engine = engine_of(model, "float32")
+    batch = [encode(model, Task.RANK, a_request(seed=1, length=5, candidates=3))]
+    before = engine.infer(batch)
+    for error, ok in ((RuntimeError("once"), True), (torch.AcceleratorError("CUDA\nmore"), False)):
+
+        def fail(*_: object, error: Exception = error) -> None:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._layers[Task.RANK].runner, "run", fail)
+            with pytest.raises(type(error)):
+                engine.infer(batch)
+        assert engine.health().ok is ok
+        assert_equal(engine.infer(batch), before)
+    assert engine.health().reason == "the GPU failed, restart the server: CUDA"
     engine.close()
 
 

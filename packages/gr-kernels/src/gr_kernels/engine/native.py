@@ -70,7 +70,7 @@ class _Layers:
     def compute(self, batch: Sequence[EncodedRequest], plan: BatchPlan) -> Sequence[Tensor]:
         """Answers of the model's outputs, on the device."""
         x_TD = self.ends.embed(batch, plan.sequences, plan.starts)
-        arrivals = plan.arrivals()
+        arrivals = None if self.stream is None else plan.arrivals()
         for run in plan.runs(self.max_tokens):
             rows_TD = x_TD[run[0].start : run[-1].stop]
             self.runner.run(rows_TD, [piece.segment for piece in run], arrivals)
@@ -99,6 +99,8 @@ class NativeEngine:
         self._layers: dict[Task, _Layers] = {}
         self._index: ItemIndex | None = None
         self._graphs: tuple[Sequence[int], int] = ((), 0)
+        self._broken = ""
+        """Why nothing can be computed any more."""
 
     def load(
         self, artifact: Artifact, model: Model, tasks: Sequence[Task], options: EngineOptions
@@ -120,6 +122,9 @@ class NativeEngine:
                 self._index = make_index(
                     model.item_table(), own.index, threads, options.device, kernels=own.kernels
                 )
+            if torch.device(options.device).type == "cuda":
+                # What was copied there is read on other streams.
+                torch.cuda.synchronize(options.device)
         except BaseException:
             self.close()
             raise
@@ -158,6 +163,10 @@ class NativeEngine:
                 # On the host, hence computed, and so is what is in the blocks.
                 found = self._found(batch, answers)
                 plan.commit()
+            except torch.AcceleratorError as error:
+                # After that, CUDA fails whatever this process asks of it.
+                self._broken = str(error).partition("\n")[0]
+                raise
             finally:
                 try:
                     layers.settle()
@@ -182,6 +191,8 @@ class NativeEngine:
     def health(self) -> Health:
         if self._model is None:
             return Health(False, "engine native is not loaded")
+        if self._broken:
+            return Health(False, f"the GPU failed, restart the server: {self._broken}")
         return Health(True)
 
     def close(self) -> None:
