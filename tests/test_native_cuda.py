@@ -29,6 +29,7 @@ from gr_hstu.testing import CASES, KINDS, Users, a_request, encode, load, write
 from gr_hstu.testing import engine_of as torch_engine
 from gr_kernels.cache.paged import PagedCache
 from gr_kernels.engine import NativeEngine, native
+from gr_kernels.engine.ends import HostEnds, SummedTokens
 from gr_kernels.ops.hstu_attention import triton as attention
 from gr_kernels.ops.hstu_output import triton as output
 from gr_kernels.ops.hstu_projection import triton as projection
@@ -125,6 +126,32 @@ def test_it_answers_as_torch_does(tmp_path: Path, device: str, kind: str, task: 
     assert reused
     for engine in engines:
         engine.close()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing here is Triton's")
+@pytest.mark.parametrize("task", [Task.RETRIEVE, Task.RANK])
+@pytest.mark.parametrize("kind", ["summed", "on the host"])
+def test_ends_that_are_made_for_a_device(tmp_path: Path, kind: str, task: Task) -> None:
+    """Sums of tables, and the way to the CPU and back, against the model's own."""
+    model = load(write(tmp_path, "research"))
+    here = torch.device("cpu")
+    ends = HostEnds(model, here)
+    if kind == "summed":
+        ends = SummedTokens(model, here, model.tasks)  # type: ignore[assignment]
+    batch = [
+        encode(model, task, a_request(seed=i, length=length, candidates=4))
+        for i, length in enumerate([7, 0, 24])
+    ]
+    sequences = [model.sequence(request) for request in batch]
+    starts = [3, 0, 24]
+    torch.testing.assert_close(
+        ends.embed(batch, sequences, starts), model.embed(batch, sequences, starts)
+    )
+    rows = torch.randn(3, model.stack(task).d_model)
+    rows[1] = 0
+    found, right = ends.outputs(task, batch, rows), model.outputs(task, batch, rows)
+    for one, other in zip(found, right, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.slow

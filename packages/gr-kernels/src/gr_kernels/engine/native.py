@@ -116,7 +116,7 @@ class NativeEngine:
         try:
             for task, stack in stacks.items():
                 if id(stack) not in made:
-                    made[id(stack)] = _load_layers(model, stack, options, own, threads)
+                    made[id(stack)] = _load_layers(model, tasks, stack, options, own, threads)
                 self._layers[task] = made[id(stack)]
             if Task.RETRIEVE in tasks:
                 self._index = make_index(
@@ -226,7 +226,12 @@ def _answer_rows(x_TD: Tensor, plan: BatchPlan) -> Tensor:
 
 
 def _load_layers(
-    model: StackModel, stack: Stack, options: EngineOptions, own: NativeOptions, threads: int
+    model: StackModel,
+    tasks: Sequence[Task],
+    stack: Stack,
+    options: EngineOptions,
+    own: NativeOptions,
+    threads: int,
 ) -> _Layers:
     device = torch.device(options.device)
     runner = make_stack(
@@ -264,7 +269,7 @@ def _load_layers(
     fitting = own.workspace(options.device) // _token_bytes(stack)
     return _Layers(
         runner=runner,
-        ends=ends_of(model, device),
+        ends=ends_of(model, device, tasks),
         space=space,
         scratch=Scratch(BLOCK_TOKENS, runner.block_bytes, options.device),
         stream=torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
