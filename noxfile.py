@@ -44,8 +44,17 @@ FOLDERS = {name: f"packages/{name}" for name in PACKAGES} | {
 }
 """Everything that is built, the example plugins among it."""
 SOURCES = ("packages", "examples", "tests", "scripts", "benchmarks", "noxfile.py")
-NOT_NATIVE = ("benchmark", "build", "cache", "cache_file", "paged_triton")
+NOT_NATIVE = (
+    *("attention_triton", "benchmark", "build", "cache", "cache_device", "cache_file", "cutlass"),
+    *("gather", "gpu_layers", "output", "paged_triton", "projection", "stack_cuda", "topk_triton"),
+    *("tune",),
+)
 """Tests of gr-kernels that are not of its code in C++."""
+GPU_MEMORY = (
+    *("test_attention_triton.py", "test_cutlass.py", "test_gather.py", "test_output.py"),
+    *("test_paged_triton.py", "test_projection.py", "test_stack_cuda.py", "test_topk_triton.py"),
+)
+"""Tests of gr-kernels whose memory is watched on a GPU."""
 # Optimized a little: more takes minutes to compile, less to run.
 SANITIZERS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 TWO_AT_ONCE = ("-n", "2", "--dist", "loadfile")
@@ -189,13 +198,34 @@ def bench(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def gpu(session: nox.Session) -> None:
-    """The tests that need a CUDA device, then the latency of every engine on it."""
-    install_editable(session, CONSTRAINTS, *test_requirements(PACKAGES))
+    """On a machine with an NVIDIA GPU: checks all that runs there, then measures it.
+
+    `-- --check` stops before the measuring, `-- --quick` measures less.
+    """
+    extras = ("gr-kernels[triton,cutlass]", *test_requirements(PACKAGES))
+    install_editable(session, CONSTRAINTS, *extras)
     # The same module, built for GPUs; and TensorRT for servers beside that for RTX.
     session.run("python", "-m", "pip", "uninstall", "--yes", "onnxruntime", silent=True)
     session.install("onnxruntime-gpu", "tensorrt-cu13")
+    given = [word for word in session.posargs if word not in ("--check", "--quick")]
+    quick = ["--quick"] if "--quick" in session.posargs else []
+    session.run("gr", "check")
     folders = existing([f"packages/{package}/tests" for package in PACKAGES])
-    session.run("python", "-m", "pytest", *folders, "tests", "-m", "gpu", *session.posargs)
+    session.run("python", "-m", "pytest", *folders, "tests", "-m", "gpu", *given)
+    if watched := shutil.which("compute-sanitizer"):
+        # Each piece of memory on its own, so that what lies beside it is nobody's.
+        session.run(
+            *(watched, "--tool", "memcheck", "--error-exitcode", "1"),
+            *("python", "-m", "pytest", *(f"packages/gr-kernels/tests/{t}" for t in GPU_MEMORY)),
+            *("-m", "gpu", "-k", "not graph and not replayed", "-p", "no:cacheprovider", *given),
+            env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            external=True,
+        )
+    else:
+        session.warn("compute-sanitizer is not on the PATH: the memory was not checked")
+    if "--check" in session.posargs:
+        return
+    session.run("python", "benchmarks/gpu_layers.py", "--tune", *quick)
     session.run("python", "benchmarks/engines.py", "--device", "cuda")
 
 

@@ -94,7 +94,7 @@ def cases(
                     yield Case(kernel, dtype, sizes, _projection(stack, dtype, device, sizes))
         elif kernel.op == "hstu_output":
             for count in rows:
-                sizes = {"rows": count, "columns": stack.d_model, "width": y}
+                sizes = {"rows": count, "columns": y, "width": stack.d_model}
                 yield Case(kernel, dtype, sizes, _output(stack, dtype, device, sizes))
 
 
@@ -224,7 +224,7 @@ def _output(
     def make(kernel: KernelDescriptor) -> Run:
         wide: dict[str, Any] = {"device": device}
         narrow = getattr(torch, dtype)
-        rows, d, y = sizes["rows"], sizes["columns"], sizes["width"]
+        rows, y, d = sizes["rows"], sizes["columns"], sizes["width"]
         f = stack.num_heads * stack.d_v
         x = torch.randn(rows, d, **wide)
         a = torch.randn(rows, stack.num_heads, stack.d_v, **wide).to(narrow)

@@ -36,7 +36,7 @@ class Sizes:
         return (
             self.tokens >= other.tokens
             and self.segments >= other.segments
-            and self.rows >= other.rows
+            and (not self.rows or self.rows >= other.rows)  # 0: all
             and self.blocks >= other.blocks
             and self.times >= other.times
         )

@@ -250,7 +250,7 @@ class CudaStack:
             else None,
             self._bias(layer, on, end),
         )
-        self._ops.output(len(a_RHV), *layer.output_weight.shape)(
+        self._ops.output(len(a_RHV), layer.output_weight.shape[1], stack.d_model)(
             x_TD,
             a_RHV,
             u_RF,
