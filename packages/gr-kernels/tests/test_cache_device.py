@@ -246,10 +246,7 @@ class DeviceWorld(World):
         self.batch.append(held)
 
     def end(self, place: int, finish: bool) -> None:
-        """Computes some of what is held, one after another; else one ends without being waited for.
-
-        ``finish`` decides; of what is computed, what is held is all the batch from ``place`` on.
-        """
+        """Computes what is held from ``place`` on, together; else one ends half waited for."""
         if not self.batch:
             return
         place %= len(self.batch)
@@ -344,7 +341,7 @@ def _small_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     "seed", [0, 5, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(10, 20))]
 )
 def test_thousands_of_requests(seed: int, host: bool) -> None:
-    """Seeds below 5 and from 15 on do copies only when they are waited for, others at any time."""
+    """Seeds from 5 to 14 do copies at any time, the others only when they are waited for."""
     rng = random.Random(seed)
     sizes = rng.choice([20, 32]) * 1024, rng.choice([12, 48]) * 1024
     world = DeviceWorld(sizes[0], sizes[1] * host, seed if 5 <= seed < 15 else None)
@@ -449,33 +446,32 @@ def test_machine() -> None:
 
 # ── Copies ────────────────────────────────────────────────────────────────────────────────────
 
-SIZES = (96, 64)
+places = st.integers(0, 2)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(
     steps=st.lists(
         st.tuples(
-            st.sampled_from(["save", "load", "copy", "issue", "wait"]),
-            st.integers(0, 3),
-            st.integers(0, 3),
+            st.sampled_from(["save", "load", "copy"] * 4 + ["issue", "wait"]), places, places
         ),
-        max_size=25,
+        min_size=6,
+        max_size=30,
     ),
-    seed=st.none() | st.integers(0, 9),
+    seed=st.integers(0, 999),
 )
 def test_copies_are_as_if_done_one_after_another(
-    steps: list[tuple[str, int, int]], seed: int | None
+    steps: list[tuple[str, int, int]], seed: int
 ) -> None:
     """Whatever is done together, and in which order."""
-    stream = LateStream(None if seed is None else random.Random(seed))
+    stream = LateStream(random.Random(seed))
     copies = Transfers(stream)
-    places = {"device": copies.device.allocate(1024), "host": copies.host.allocate(1024)}
+    pieces = {"device": copies.device.allocate(1024), "host": copies.host.allocate(1024)}
     address: dict[tuple[str, int], int] = {}
     truth: dict[tuple[str, int], bytes] = {}
-    for name, piece in places.items():
+    for name, piece in pieces.items():
         assert piece is not None
-        for i in range(4):
+        for i in range(3):
             address[name, i] = piece.address + i * 256
             truth[name, i] = f"{name} {i}".encode().ljust(96, b".")
             ctypes.memmove(address[name, i], truth[name, i], 96)

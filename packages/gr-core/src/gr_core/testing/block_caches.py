@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from gr_core.contracts import BlockCache, BlockLease, BlockSpace
+from gr_core.contracts import BlockCache, BlockLease, BlockSpace, Rates
 from gr_core.plugins.registry import Registry
 from gr_core.testing.suite import Suite
 
@@ -286,6 +286,17 @@ class BlockCacheSuite(Suite):
         assert serve(new, history(19, 64), size=4) == 64
         cache.close()
         cache.close()
+
+    def test_blocks_on_the_host_are_there_at_once(self, make: MakeBlockCache) -> None:
+        """Also where it is known what is worth loading."""
+        space = self.space(make(CAPACITY))
+        space.set_rates(Rates(bytes_per_second=1e9, costs_per_second=1e9))
+        serve(space, history(1, 32))
+        lease = space.acquire(b"", history(1, 48), 32)
+        assert lease is not None
+        assert lease.arrivals is None
+        assert lease.reused == 32
+        lease.release()
 
     def test_the_content_must_be_bytes(self, make: MakeBlockCache) -> None:
         space = self.space(make(CAPACITY))

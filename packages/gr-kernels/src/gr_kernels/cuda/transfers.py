@@ -315,7 +315,7 @@ class _CudaEvent:
 
 
 class _MemcpyAttributes(ctypes.Structure):
-    """cudaMemcpyAttributes, with its two cudaMemLocation; zeros are no hints and no flags."""
+    """cudaMemcpyAttributes, with its two cudaMemLocation; their zeros are no hints."""
 
     _fields_ = (
         ("src_access_order", ctypes.c_int),
@@ -328,6 +328,7 @@ class _MemcpyAttributes(ctypes.Structure):
 
 
 _IN_STREAM_ORDER = 1  # cudaMemcpySrcAccessOrderStream
+_BESIDE_COMPUTING = 1  # cudaMemcpyFlagPreferOverlapWithCompute
 _ANY_DIRECTION = 4  # cudaMemcpyDefault
 _PORTABLE = 1  # cudaHostRegisterPortable
 
@@ -369,7 +370,7 @@ class _CudaRuntime:
     def copy(self, to: Addresses, of: Addresses, size: int, stream: int) -> None:
         if self._copy_batch is not None and len(to) > 1:
             sizes = np.full(len(to), size, np.uintp)
-            attributes = _MemcpyAttributes(_IN_STREAM_ORDER)
+            attributes = _MemcpyAttributes(_IN_STREAM_ORDER, flags=_BESIDE_COMPUTING)
             first = ctypes.c_size_t(0)
             status = self._copy_batch(
                 to.ctypes.data,
