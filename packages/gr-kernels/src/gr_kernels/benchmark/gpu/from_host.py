@@ -51,7 +51,7 @@ class HostSide(Side):
         self.implementation = self.runner.name
         blocks = sum(-(-(of.cached + new) // BLOCK_TOKENS) for new in of.lengths)
         # With room for the smallest pieces in which memory is taken.
-        enough = blocks * self.runner.block_bytes * 5 // 4 + (64 << 20)
+        enough = (blocks * 5 // 4 + 64) * self.runner.block_bytes + (4 << 20)
         self._blocks = enough // self.runner.block_bytes
         self._cache = device.cache(enough, enough)
         self._space = self._cache.space(
