@@ -16,7 +16,7 @@ from torch import Tensor
 from gr_core import KernelDescriptor
 from gr_core.errors import PlanError
 from gr_core.stack import LayerWeights, Stack
-from gr_kernels import choice, descriptors
+from gr_kernels import choice
 from gr_kernels.ops.hstu_stack import hstu_layer, make_stack
 from gr_kernels.ops.hstu_stack.reference import TorchStack
 

@@ -18,6 +18,7 @@ from gr_kernels.tune import Run, best, cases
 from gr_kernels.tuning import Entry
 
 from .stacks import random_stack
+from .test_stack_reference import VARIANTS
 from .triton_kernels import (
     INTERPRETED,
     needs_triton,
@@ -163,13 +164,7 @@ def measured_here(kernel: KernelDescriptor) -> bool:
 @pytest.mark.skipif(not INTERPRETED, reason="test_on_the_interpreter runs it")
 def test_every_kernel_of_a_layer_is_measured():
     """Launches that give something else than the default are passed over."""
-    stack = random_stack(
-        **(
-            {"gate": "norm(a*u)", "projection_silu": "all", "groups": 3}
-            if variant == "mtgr"
-            else {}
-        )
-    )
+    stack = random_stack(**VARIANTS["mtgr"])
     names = set()
     times = iter(range(100, 0, -1))
 

@@ -8,9 +8,9 @@ the places 0, 1, …: the first ``cached.counts[b]`` of them lie in blocks, what
 ``key_offsets[b]`` to ``key_offsets[b + 1] - 1`` of k and v. Offsets are int32 or int64 (B + 1,),
 low, high and own int32 (T,). The columns of q, k and v are contiguous; tokens and heads may have
 any stride, so they can be views of one projection. Numbers are not checked, since nothing waits for
-the device: those out of range are the caller's fault. ``most_queries`` is the number of queries of
-the longest sequence, or of a longer one: what implementations choose their tiles by. Rows of q of
-no sequence are zero in a, which is ``out`` where that is given: (T, H, V) of the dtype of q.
+the device: those out of range are the caller's fault. ``most_queries`` is how many queries a long
+sequence has: what implementations choose their tiles by, and nothing else. Rows of q of no sequence
+are zero in a, which is ``out`` where that is given: (T, H, V) of the dtype of q.
 
 A row's result depends on nothing but what it sees, as far as rounding goes: sums in float32, in an
 order that may depend on which of its keys are in blocks.

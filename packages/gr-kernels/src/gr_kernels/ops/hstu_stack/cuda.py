@@ -337,10 +337,10 @@ class _Graph:
         self._held = stack.held(sizes)
         self._held.zero_()  # a batch of no tokens
         on = views(self._held, layout(sizes, stack._stack))
+        # One user with all the tokens or many with a few each: tiles that suit both.
+        most = min(sizes.tokens, 64)
         self._layers = [
-            record(
-                functools.partial(stack.layer, number, self._x_TD, on, sizes, sizes.tokens, True)
-            )
+            record(functools.partial(stack.layer, number, self._x_TD, on, sizes, most, True))
             for number in range(len(stack._layers))
         ]
 
