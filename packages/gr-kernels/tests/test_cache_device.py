@@ -91,7 +91,7 @@ class Kind:
     device: str
 
 
-@dataclass
+@dataclass(eq=False)
 class Held:
     client: LayeredClient
     lease: PagedLease
@@ -279,11 +279,8 @@ class DeviceWorld(World):
         client = self.layered[which]
         if client is None:
             return
-        for held in [held for held in self.batch if held.client is client]:
-            self.end(self.batch.index(held), len(held.content) % 2 == 0)
-            if held in self.batch:
-                held.lease.release()
-                self.batch.remove(held)
+        while places := [i for i, held in enumerate(self.batch) if held.client is client]:
+            self.end(places[0], len(self.batch[places[0]].content) % 2 == 0)
         client.space.close()
         assert client.space.acquire(b"", content_of([1]), 1) is None
         self.layered[which] = None
@@ -341,10 +338,10 @@ def _small_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     "seed", [0, 5, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(10, 20))]
 )
 def test_thousands_of_requests(seed: int, host: bool) -> None:
-    """Seeds from 5 to 14 do copies at any time, the others only when they are waited for."""
+    """Odd seeds do copies at any time, even ones only when they are waited for."""
     rng = random.Random(seed)
     sizes = rng.choice([20, 32]) * 1024, rng.choice([12, 48]) * 1024
-    world = DeviceWorld(sizes[0], sizes[1] * host, seed if 5 <= seed < 15 else None)
+    world = DeviceWorld(sizes[0], sizes[1] * host, seed if seed % 2 else None)
     actions: list[tuple[Callable[[], None], float]] = [
         (lambda: world.grow(n(), n(), n() % 10), 3),
         (lambda: world.edit(n(), n(), n(), n() % 3), 0.5),
@@ -368,7 +365,7 @@ def test_thousands_of_requests(seed: int, host: bool) -> None:
     world.finish()
     assert world.seen["reused"] > 1_000, world.seen
     assert world.seen["evicted"] > 100, world.seen
-    assert world.seen["abandoned"] > 50, world.seen
+    assert world.seen["abandoned"] > 20, world.seen
     if host:
         assert world.seen["late"] > 100, world.seen
         assert world.seen["copied back"] > 100, world.seen
@@ -463,7 +460,7 @@ places = st.integers(0, 2)
 def test_copies_are_as_if_done_one_after_another(
     steps: list[tuple[str, int, int]], seed: int
 ) -> None:
-    """Whatever is done together, and in which order."""
+    """Whatever is done together, and in whatever order that is."""
     stream = LateStream(random.Random(seed))
     copies = Transfers(stream)
     pieces = {"device": copies.device.allocate(1024), "host": copies.host.allocate(1024)}

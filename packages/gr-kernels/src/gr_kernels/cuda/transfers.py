@@ -137,6 +137,7 @@ class Transfers:
         """Starts what was asked for, unless it is ``arrivals`` that are issued already."""
         with self._lock:
             if arrivals is None or not arrivals.events:
+                assert arrivals in (None, self._next)
                 self._issue()
 
     def synchronize(self) -> None:
