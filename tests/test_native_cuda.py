@@ -48,7 +48,7 @@ class _Chosen(Ops):
     def __init__(self) -> None:
         pass
 
-    def attention(self, most_queries: int) -> Any:
+    def attention(self, most_queries: int, *, biased: bool) -> Any:
         return attention.attend
 
     def projection(self, rows: int, columns: int, width: int) -> Any:

@@ -46,7 +46,7 @@ class Chosen(Ops):
     def __init__(self, way: str = "product") -> None:
         self.way = way
 
-    def attention(self, most_queries: int) -> Any:
+    def attention(self, most_queries: int, *, biased: bool) -> Any:
         from gr_kernels.ops.hstu_attention.triton import attend
 
         return attend

@@ -38,6 +38,20 @@ def narrow_heads(sizes: Mapping[str, int]) -> tuple[bool, str]:
     return widest <= 256, f"heads have {widest} columns; expected at most 256"
 
 
+def even_heads(sizes: Mapping[str, int]) -> tuple[bool, str]:
+    if sizes.get("biased"):
+        return False, "it computes no biases"
+    columns = sizes.get("d_qk", 0), sizes.get("d_v", 0)
+    fitting = columns[0] == columns[1] and columns[0] in (64, 128, 256)
+    return fitting, f"heads have {columns[0]} and {columns[1]} columns; expected 64, 128 or 256"
+
+
+def probe_cutlass() -> tuple[bool, str]:
+    from gr_kernels.cuda import library
+
+    return library.probe()
+
+
 GPU_DTYPES = ("float32", "bfloat16", "float16")
 
 KERNELS = (
@@ -145,6 +159,30 @@ KERNELS = (
         priority=20,
         summary="Triton, without padding, a part of K and V in blocks",
         probe=probe_triton,
+    ),
+    KernelDescriptor(
+        name="hstu_attention-cutlass",
+        op="hstu_attention",
+        factory="gr_kernels.ops.hstu_attention.cutlass:hstu_attention",
+        device="cuda",
+        dtypes=("bfloat16", "float16"),
+        supports="heads of 64, 128 and 256 columns, K as V, no bias",
+        accepts=even_heads,
+        priority=10,
+        summary="CUDA C++ with CUTLASS; see gr kernels build",
+        probe=probe_cutlass,
+    ),
+    KernelDescriptor(
+        name="hstu_cached_attention-cutlass",
+        op="hstu_cached_attention",
+        factory="gr_kernels.ops.hstu_attention.cutlass:attend",
+        device="cuda",
+        dtypes=("bfloat16", "float16"),
+        supports="heads of 64, 128 and 256 columns, K as V, no bias",
+        accepts=even_heads,
+        priority=10,
+        summary="CUDA C++ with CUTLASS, a part of K and V in blocks; see gr kernels build",
+        probe=probe_cutlass,
     ),
     KernelDescriptor(
         name="hstu_projection-reference",

@@ -18,7 +18,7 @@ from gr_kernels import tuning
 from gr_kernels.descriptors import KERNELS
 from gr_kernels.ops.hstu_attention.on_device import CachedKeys
 from gr_kernels.ops.hstu_stack.interface import BLOCK_TOKENS
-from gr_kernels.tuning import Entry, power_of_two
+from gr_kernels.tuning import Entry, Key, key_of, power_of_two
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,8 @@ class Case:
     """Makes fresh inputs on the device, and what computes with them."""
 
     @property
-    def key(self) -> tuple[str, str, tuple[tuple[str, int], ...]]:
-        return self.kernel.name, self.dtype, tuple(sorted(self.sizes.items()))
+    def key(self) -> Key:
+        return key_of(self.kernel.name, self.dtype, self.sizes)
 
     def configurations(self) -> Sequence[Mapping[str, int]]:
         """Launches to try, the default first; of what has none to choose, none."""

@@ -28,6 +28,13 @@ logger = logging.getLogger(__name__)
 VERSION = 1
 
 
+Key = tuple[str, str, tuple[tuple[str, int], ...]]
+
+
+def key_of(kernel: str, dtype: str, sizes: Mapping[str, int]) -> Key:
+    return kernel, dtype, tuple(sorted(sizes.items()))
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One measurement: the best of what was tried."""
@@ -39,6 +46,10 @@ class Entry:
     config: Mapping[str, int]
     """Arguments of the launch: tiles, ``num_warps``, ``num_stages``."""
     microseconds: float
+
+    @property
+    def key(self) -> Key:
+        return key_of(self.kernel, self.dtype, self.sizes)
 
 
 def user_folder() -> Path:
@@ -64,7 +75,7 @@ def configuration(
     """
     if kernel in _tried:
         return _tried[kernel]
-    found = _found(device or device_name(), kernel, dtype, tuple(sorted(sizes.items())))
+    found = table(device or device_name()).get(key_of(kernel, dtype, sizes))
     return default if found is None else found.config
 
 
@@ -85,7 +96,7 @@ def measured(
     kernel: str, dtype: str, sizes: Mapping[str, int], device: str | None = None
 ) -> float | None:
     """Microseconds of a kernel at these sizes; None where it was not measured on this device."""
-    found = _found(device or device_name(), kernel, dtype, tuple(sorted(sizes.items())))
+    found = table(device or device_name()).get(key_of(kernel, dtype, sizes))
     return None if found is None else found.microseconds
 
 
@@ -105,7 +116,7 @@ def file_name(title: str) -> str:
 
 
 @functools.cache
-def table(device: str) -> Mapping[tuple[str, str, tuple[tuple[str, int], ...]], Entry]:
+def table(device: str) -> Mapping[Key, Entry]:
     """All entries of a device by kernel, dtype and sizes. A file that is damaged is passed over."""
     found = {}
     shipped = resources.files("gr_kernels") / "tables" / f"{device}.json"
@@ -119,15 +130,8 @@ def table(device: str) -> Mapping[tuple[str, str, tuple[tuple[str, int], ...]], 
             logger.warning("%s: passed over: %s", name, error)
             continue
         for entry in entries:
-            found[entry.kernel, entry.dtype, tuple(sorted(entry.sizes.items()))] = entry
+            found[entry.key] = entry
     return found
-
-
-@functools.cache
-def _found(
-    device: str, kernel: str, dtype: str, sizes: tuple[tuple[str, int], ...]
-) -> Entry | None:
-    return table(device).get((kernel, dtype, sizes))
 
 
 def parse(text: str) -> list[Entry]:
@@ -171,7 +175,6 @@ def dump(entries: Sequence[Entry]) -> str:
 def forget() -> None:
     """Reads the files anew from now on."""
     table.cache_clear()
-    _found.cache_clear()
 
 
 def _text(path: Any) -> str | None:

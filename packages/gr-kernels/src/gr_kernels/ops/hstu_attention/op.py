@@ -33,7 +33,11 @@ def hstu_attention(
             "hstu_attention",
             str(q_THK.dtype).removeprefix("torch."),
             device=q_THK.device.type,
-            sizes={"d_qk": q_THK.shape[-1], "d_v": v_SHV.shape[-1]},
+            sizes={
+                "d_qk": q_THK.shape[-1],
+                "d_v": v_SHV.shape[-1],
+                "biased": int(bias is not None),
+            },
         ).resolve()
     return implementation(
         q_THK,

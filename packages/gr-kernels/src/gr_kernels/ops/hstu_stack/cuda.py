@@ -52,11 +52,13 @@ class Ops:
         kernel = choose(op, self._dtype, device="cuda", sizes=dict(sizes), kernels=self._kernels)
         return kernel.resolve()
 
-    def attention(self, most_queries: int) -> DeviceAttention:
-        d_qk, d_v = (max(16, power_of_two(d)) for d in (self._d_qk, self._d_v))
-        queries = power_of_two(most_queries, most=4096)
-        sizes = (("d_qk", d_qk), ("d_v", d_v), ("queries", queries))
-        chosen: DeviceAttention = self._chosen("hstu_cached_attention", sizes)
+    def attention(self, most_queries: int, *, biased: bool) -> DeviceAttention:
+        d_qk, d_v = (power_of_two(d, least=16) for d in (self._d_qk, self._d_v))
+        queries = power_of_two(most_queries, least=16, most=4096)
+        sizes = [("d_qk", d_qk), ("d_v", d_v), ("queries", queries)]
+        if biased:
+            sizes.append(("biased", 1))
+        chosen: DeviceAttention = self._chosen("hstu_cached_attention", tuple(sizes))
         return chosen
 
     def projection(self, rows: int, columns: int, width: int) -> Callable[..., Tensor]:
@@ -233,7 +235,8 @@ class CudaStack:
         heads = stack.num_heads
         q_RHK, k_THK, v_THV = (torch.unflatten(x, 1, (heads, -1)) for x in (q_RF, k_TF, v_TF))
         self._store(number, k_THK, v_THV, on)
-        a_RHV = self._ops.attention(most_queries)(
+        bias = self._bias(layer, on, end)
+        a_RHV = self._ops.attention(most_queries, biased=bias is not None)(
             q_RHK,
             k_THK,
             v_THV,
@@ -248,7 +251,7 @@ class CudaStack:
             CachedKeys(on["addresses_BM"], on["cached_B"], number * self._layer_bytes)
             if has_cached
             else None,
-            self._bias(layer, on, end),
+            bias,
         )
         self._ops.output(len(a_RHV), layer.output_weight.shape[1], stack.d_model)(
             x_TD,
