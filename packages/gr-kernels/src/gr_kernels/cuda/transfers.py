@@ -14,6 +14,7 @@ or of blocks that had to be saved before theirs could be overwritten.
 from __future__ import annotations
 
 import ctypes
+import logging
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -24,6 +25,8 @@ import numpy.typing as npt
 import torch
 
 from gr_kernels.cache.memory import Buffer, Memory, Pages
+
+logger = logging.getLogger(__name__)
 
 Addresses = npt.NDArray[np.uintp]
 
@@ -388,6 +391,9 @@ class _CudaRuntime:
             # A driver that cannot; what it has copied is copied once more.
             self._forget()
             self._copy_batch = None
+            logger.info(
+                "blocks are copied one by one, not in batches: %s", self._error(status).decode()
+            )
         for one, other in zip(to.tolist(), of.tolist(), strict=True):
             self._check(self._copy(one, other, size, _ANY_DIRECTION, stream))
 
