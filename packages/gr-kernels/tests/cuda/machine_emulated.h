@@ -38,10 +38,12 @@ struct Meeting {  // a barrier
   long round = 0;
 };
 
+constexpr int kShown = 128;  // bytes that a lane can show
+
 struct Warp {
   Meeting meeting;
-  const void* shown[32] = {};
-  uint32_t word[32] = {};
+  // Two of them: who is done with one may show the next before all have looked at it.
+  alignas(16) char shown[2][32][kShown] = {};
 };
 
 struct AsyncCopy {
@@ -81,10 +83,7 @@ inline thread_local Block* block = nullptr;
 inline Fiber& self() { return block->fibers[block->current]; }
 inline Warp& warp() { return block->warps[block->current / 32]; }
 
-inline void yield() {
-  Fiber& me = self();
-  swapcontext(&me.context, &block->scheduler);
-}
+inline void yield() { swapcontext(&self().context, &block->scheduler); }
 
 inline void meet(Meeting& meeting, int threads) {
   const long round = meeting.round;
@@ -99,14 +98,15 @@ inline void meet(Meeting& meeting, int threads) {
 
 inline void meet_warp() { meet(warp().meeting, 32); }
 
-/* Shows `mine`, then calls `use` with what each lane has shown, while all wait. */
-template <class Use>
-inline void together(const void* mine, Use use) {
+/* Shows `mine`, and once all lanes of the warp have, calls `use` with what lane i shows as of(i). */
+template <class V, class Use>
+inline void together(const V& mine, Use use) {
+  static_assert(sizeof(V) <= kShown);
   Warp& all = warp();
-  all.shown[block->current % 32] = mine;
+  auto& shown = all.shown[all.meeting.round % 2];
+  std::memcpy(shown[block->current % 32], &mine, sizeof(V));
   meet_warp();
-  use(all.shown);
-  meet_warp();
+  use([&](int lane) -> const V& { return reinterpret_cast<const V&>(shown[lane]); });
 }
 
 inline void start() {
@@ -178,16 +178,14 @@ inline void hide(int&) {}
 template <class V>
 inline V shuffle_xor(V value, int mask) {
   V found{};
-  emulated::together(&value, [&](const void* const* shown) {
-    found = *static_cast<const V*>(shown[(thread_index() % 32) ^ mask]);
-  });
+  emulated::together(value, [&](auto of) { found = of((thread_index() % 32) ^ mask); });
   return found;
 }
 
 inline uint32_t ballot(bool value) {
   uint32_t found = 0;
-  emulated::together(&value, [&](const void* const* shown) {
-    for (int i = 0; i < 32; ++i) found |= uint32_t(*static_cast<const bool*>(shown[i])) << i;
+  emulated::together(value, [&](auto of) {
+    for (int i = 0; i < 32; ++i) found |= uint32_t(of(i)) << i;
   });
   return found;
 }
@@ -220,14 +218,14 @@ namespace emulated {
 inline void load_matrices(const char* row, uint32_t (&to)[4], bool is_transposed) {
   check_shared(row, 16);
   if (reinterpret_cast<uintptr_t>(row) % 16) fail("ldmatrix of a row that is not aligned");
-  together(row, [&](const void* const* rows) {
+  together(row, [&](auto row_of) {
     const int lane = thread_index() % 32;
     for (int m = 0; m < 4; ++m) {
       uint16_t pair[2];
       for (int i = 0; i < 2; ++i) {
         int r = lane / 4, c = lane % 4 * 2 + i;
         if (is_transposed) std::swap(r, c);
-        pair[i] = static_cast<const uint16_t*>(rows[m * 8 + r])[c];
+        pair[i] = reinterpret_cast<const uint16_t*>(row_of(m * 8 + r))[c];
       }
       to[m] = pair[0] | uint32_t(pair[1]) << 16;
     }
@@ -240,15 +238,14 @@ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
   struct Operands {
     uint32_t a[4], b[2];
   } mine{{a[0], a[1], a[2], a[3]}, {b0, b1}};
-  together(&mine, [&](const void* const* shown) {
-    const auto of = [&](int lane) { return static_cast<const Operands*>(shown[lane]); };
+  together(mine, [&](auto of) {
     const auto half = [](uint32_t word, int i) { return i ? T::high(word) : T::low(word); };
     const int lane = thread_index() % 32;
     for (int i = 0; i < 4; ++i) {
       const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
       for (int k = 0; k < 16; ++k) {
-        const uint32_t left = of(row % 8 * 4 + k % 8 / 2)->a[row / 8 + k / 8 * 2];
-        const uint32_t right = of(column * 4 + k % 8 / 2)->b[k / 8];
+        const uint32_t left = of(row % 8 * 4 + k % 8 / 2).a[row / 8 + k / 8 * 2];
+        const uint32_t right = of(column * 4 + k % 8 / 2).b[k / 8];
         c[i] = std::fma(half(left, k % 2), half(right, k % 2), c[i]);
       }
     }

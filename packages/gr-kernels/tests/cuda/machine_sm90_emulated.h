@@ -137,13 +137,13 @@ inline void start_scores(float (&score)[kN / 8][4], char* q_tile, char* k_tile) 
 template <class T, int kN, int kD>
 inline void start_sums(float (&sum)[kD / 8][4], uint32_t (&weight)[kN / 16][4], char* v_tile) {
   emulated::self().products.push_back([&sum, &weight, v_tile] {
-    emulated::together(&weight[0][0], [&](const void* const* shown) {
+    emulated::together(weight, [&](auto of) {
       const int lane = thread_index() % 32;
       for (int half = 0; half < 2; ++half) {
         float row[kN];  // of weights: each of the row's four lanes holds a part
         for (int key = 0; key < kN; ++key) {
-          const auto* of = static_cast<const uint32_t*>(shown[lane / 4 * 4 + key % 8 / 2]);
-          const uint32_t pair = of[key / 16 * 4 + half + key % 16 / 8 * 2];
+          const auto& theirs = of(lane / 4 * 4 + key % 8 / 2);
+          const uint32_t pair = theirs[key / 16][half + key % 16 / 8 * 2];
           row[key] = key % 2 ? T::high(pair) : T::low(pair);
         }
         for (int b = 0; b < kD / 8; ++b) {

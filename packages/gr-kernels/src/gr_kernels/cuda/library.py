@@ -54,8 +54,11 @@ FLAGS = (
     "-shared",
     "-cudart=static",
     "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "-Xptxas=-v",
 )
 SOURCES = Path(__file__).parent / "cutlass"
+USUAL = Path("/usr/local/cuda")
+"""Where the CUDA toolkit is usually installed."""
 FOLDER_VARIABLE = "GR_CUDA_LIBRARIES"
 """A folder of libraries that were built before, e.g. for a container without a compiler."""
 HEADERS_VARIABLE = "GR_CUTLASS_DIR"
@@ -187,7 +190,7 @@ def find_nvcc() -> Path:
             return found
     if on_path := shutil.which("nvcc"):
         return Path(on_path)
-    usual = [Path("/usr/local/cuda/bin/nvcc")]
+    usual = [USUAL / "bin" / "nvcc"]
     wheels = find_spec("nvidia")
     for place in (wheels.submodule_search_locations or ()) if wheels else ():
         usual += sorted(Path(place).glob("*/bin/nvcc"), reverse=True)
@@ -195,7 +198,7 @@ def find_nvcc() -> Path:
         if os.access(file, os.X_OK):
             return file
     raise GrError(
-        "nvcc is not found in CUDA_HOME, on the path, in /usr/local/cuda or in NVIDIA's wheels; "
+        f"nvcc is not found in CUDA_HOME, on the path, in {USUAL} or in NVIDIA's wheels; "
         "install the CUDA toolkit and set CUDA_HOME, or go on with the kernels in Triton"
     )
 
@@ -249,12 +252,14 @@ def build(
             shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=place, prefix=f".build-{architecture}-") as work:
             made = Path(work, file.name)
-            _compile(architecture, tools, made, report)
+            output = _compile(architecture, tools, made, report)
             about = {
                 "architecture": architecture,
                 "sha256": _sha256(made),
                 "nvcc": tools.version,
                 "cutlass": tools.cutlass,
+                # Registers and shared memory of each kernel among it.
+                "output": output.splitlines(),
             }
             note = Path(work, "about.json")
             note.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
@@ -267,7 +272,8 @@ def build(
 
 def _compile(
     architecture: str, tools: Toolchain, file: Path, report: Callable[[str], None]
-) -> None:
+) -> str:
+    """Returns what the compiler has said. Raises `GrError` where it fails."""
     command = [str(tools.nvcc), *FLAGS, *ARCHITECTURES[architecture], f"-I{tools.headers}"]
     command += [str(SOURCES / "gr_cuda.cu"), "-o", str(file)]
     report(f"{architecture}: compiling with nvcc {tools.version} and CUTLASS {tools.cutlass}")
@@ -293,6 +299,7 @@ def _compile(
         last = "\n".join(output.strip().splitlines()[-LINES:])
         raise GrError(f"nvcc failed for {architecture}; its last lines:\n{last}")
     file.chmod(0o600)
+    return output
 
 
 @contextmanager
@@ -320,7 +327,7 @@ def damage(file: Path) -> str:
         about = json.loads(_note(file).read_text(encoding="utf-8"))
         expected = about["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
-        return f"{_note(file)} is missing or damaged; run `gr kernels build`"
+        return f"{_note(file)}, its digest, is missing or damaged; run `gr kernels build`"
     if _sha256(file) != expected:
         return f"{file} is not what was built; run `gr kernels build`"
     return ""

@@ -1,5 +1,8 @@
 """Whether a library computes on a device what it should: asked once after each build.
 
+`failure_of` asks in a process of its own, which a kernel that hangs or reads where it must not does
+not outlive.
+
 Small calls with all masks, jagged lengths, keys in blocks, every dtype and size of heads, against
 the reference in float64. What must not be read is NaN.
 
@@ -9,11 +12,15 @@ P tokens of a block, K columns of a head.
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from gr_core.errors import GrError
-from gr_kernels.cuda.library import Library
+from gr_kernels.cuda.library import Library, load
 from gr_kernels.ops.hstu_attention import reference
 from gr_kernels.ops.hstu_attention.cutlass import COLUMNS, DTYPES, attend_with
 from gr_kernels.ops.hstu_attention.intervals import Intervals, causal, joined, mtgr
@@ -24,15 +31,32 @@ SLACK, FLOOR = 2.0, 1e-6
 """As for every kernel: twice the error that plain PyTorch makes in that dtype may be made."""
 
 
-def self_test(found: Library, device: str) -> str:
+LONGEST = 300.0
+"""Seconds that a test may take."""
+
+
+def failure_of(file: Path, device: str, longest: float = LONGEST) -> str:
     """What is wrong with what a library computes on a device; an empty string where nothing is."""
+    command = [sys.executable, "-m", "gr_kernels.cuda.self_test", str(file), device]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=longest)
+    except subprocess.TimeoutExpired:
+        return f"it did not end within {longest:g} s"
+    if done.returncode == 0:
+        return ""
+    lines = (done.stdout or done.stderr).strip().splitlines()
+    return lines[-1] if lines else f"it ended with {done.returncode}"
+
+
+def check(found: Library, device: str) -> str:
+    """As `failure_of`, in this process."""
     for dtype in DTYPES:
         for columns in COLUMNS:
             for is_cached in (False, True):
                 try:
                     allowed, error = _errors(found, device, dtype, columns, is_cached)
-                except GrError as failure:
-                    return str(failure)
+                except (GrError, RuntimeError) as failure:
+                    return str(failure).splitlines()[0]
                 if not error <= allowed:
                     return (
                         f"{str(dtype).removeprefix('torch.')}, {columns} columns, "
@@ -53,7 +77,18 @@ def _masks() -> list[tuple[int, Intervals]]:
         (1, causal(1)),
         (140, causal(133, 7, contextual=3, start=60)),
         (159, mtgr(groups, times)),
+        (135, _arbitrary(70, 135)),
     ]
+
+
+def _arbitrary(queries: int, keys: int) -> Intervals:
+    """Intervals, many of them empty, and own keys anywhere, many apart, some in blocks."""
+    generator = torch.Generator().manual_seed(0)
+    low, high, own = (
+        torch.randint(least, most, (queries,), generator=generator, dtype=torch.int32)
+        for least, most in ((0, keys + 1), (0, keys + 1), (-1, keys))
+    )
+    return Intervals(low, high, own)
 
 
 def _errors(
@@ -84,6 +119,7 @@ def _errors(
     )
     blocks = _Blocks(k, v, keys, counts, device)
     left = torch.cat([torch.zeros(1, dtype=torch.int64), (keys.diff() - counts).cumsum(0)])
+    low, high, own = (padded(column, 0) for column in places)
     out = torch.full((rows["q"] + 2 * padding, heads, columns), float("nan"), dtype=dtype)
     call_out = out.to(device)
     attend_with(
@@ -93,7 +129,9 @@ def _errors(
         padded(v[stays], float("nan")),
         (queries + padding).to(device),
         (left + padding).to(device),
-        *(padded(column, 0) for column in places),
+        low,
+        high,
+        own,
         *numbers,
         int(queries.diff().max()),
         blocks.cached if is_cached else None,
@@ -132,3 +170,9 @@ class _Blocks:
             counts.int().to(device),
             layer,
         )
+
+
+if __name__ == "__main__":
+    failure = check(load(Path(sys.argv[1])), sys.argv[2])
+    print(failure)
+    sys.exit(1 if failure else 0)

@@ -144,12 +144,17 @@ def hstu_attention(
 ) -> Tensor:
     """See `gr_kernels.ops.hstu_attention.interface`. What cannot be loaded as it lies is copied."""
     q_THK, k_SHK, v_SHV = (x if _is_aligned(x, PIECE) else x.clone() for x in (q_THK, k_SHK, v_SHV))
+    query_offsets, key_offsets = (x.long().contiguous() for x in (query_offsets, key_offsets))
+    low_T, high_T, own_T = (x.int().contiguous() for x in (low_T, high_T, own_T))
     return attend(
         q_THK,
         k_SHK,
         v_SHV,
-        *(offsets.long().contiguous() for offsets in (query_offsets, key_offsets)),
-        *(places.int().contiguous() for places in (low_T, high_T, own_T)),
+        query_offsets,
+        key_offsets,
+        low_T,
+        high_T,
+        own_T,
         alpha,
         divisor,
         len(q_THK),
