@@ -441,8 +441,8 @@ class _MarkedOps(Ops):
     def __init__(self, ops: Ops, marks: Marks) -> None:
         self._ops, self._marks = ops, marks
 
-    def attention(self, most_queries: int) -> DeviceAttention:
-        return self._marks.around("attention", self._ops.attention(most_queries))
+    def attention(self, most_queries: int, *, biased: bool) -> DeviceAttention:
+        return self._marks.around("attention", self._ops.attention(most_queries, biased=biased))
 
     def projection(self, rows: int, columns: int, width: int) -> Callable[..., Tensor]:
         return self._marks.around("projection", self._ops.projection(rows, columns, width))

@@ -125,13 +125,13 @@ def cached_ratio(case: CaseResult) -> float | None:
 def case_table(case: CaseResult, ceilings: Ceilings | None) -> Table:
     """Everything about one case, a row for each side."""
     columns = (
-        "side", "ms", "middle half", "wall ms", f"{case.ours} is faster", "error", "TFLOP/s",
-        "of the ceiling", "GB/s",
+        "side", "ms", "middle half", "wall ms", f"{case.ours} is faster", "error", "worst row",
+        "TFLOP/s", "of the ceiling", "GB/s",
     )  # fmt: skip
     rows = []
     for side in case.sides:
         if side.skipped:
-            rows.append((side.name, "not measured", *[""] * 7))
+            rows.append((side.name, "not measured", *[""] * 8))
             continue
         shown = side.ms if not side.wrong else []
         rate = side.tflops_per_s if shown else None
@@ -146,6 +146,7 @@ def case_table(case: CaseResult, ceilings: Ceilings | None) -> Table:
                 _ms(side.median_wall_ms if shown else None),
                 _ratio(side),
                 _error(side),
+                "" if side.worst is None else f"{side.worst:.2g}",
                 "" if rate is None else f"{rate:.0f}",
                 of_ceiling,
                 "" if side.gb_per_s is None or not shown else f"{side.gb_per_s:.0f}",
@@ -237,7 +238,7 @@ def _case_as_json(point: LayersPoint | None, case: CaseResult) -> Mapping[str, A
 
 def _side_as_json(side: SideResult) -> Mapping[str, Any]:
     raw = dataclasses.asdict(side) | {"kind": side.kind.value, "wrong": side.wrong}
-    for name in ("error", "limit"):
+    for name in ("error", "limit", "worst", "worst_limit"):
         if raw[name] is not None and not math.isfinite(raw[name]):
             raw[name] = None  # which JSON has no number for
     return raw
@@ -285,6 +286,5 @@ def _error(side: SideResult) -> str:
     if side.error is None:
         return ""
     if side.wrong:
-        limit = "unknown" if side.limit is None else f"{side.limit:.2g}"
-        return f"{side.error:.2g}, WRONG: limit {limit}"
+        return f"WRONG: {side.trouble}"
     return f"{side.error:.2g}"
