@@ -107,7 +107,8 @@ def tests(session: nox.Session, package: str) -> None:
 def integration(session: nox.Session) -> None:
     """All packages together: the real server, the example plugin, the scaffold."""
     others = ("docs", "trt", "triton", "vllm")
-    pytest(session, "tests", *NO_GPU, *(f"--ignore=tests/{name}" for name in others))
+    ignored = (f"--ignore=tests/{name}" for name in others)
+    pytest(session, "tests", *NO_GPU, *TWO_AT_ONCE, *ignored)
 
 
 @nox.session(venv_backend="none", requires=["workbench"])
@@ -119,7 +120,7 @@ def graphs(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["workbench"])
 def docs(session: nox.Session) -> None:
     """The code of the README and the docs runs, their links lead somewhere, nothing is missing."""
-    pytest(session, "tests/docs")
+    pytest(session, "tests/docs", "-n", "2", "--dist", "worksteal")
 
 
 @nox.session(requires=["build"], reuse_venv=False)

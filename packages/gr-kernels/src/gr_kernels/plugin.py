@@ -59,8 +59,9 @@ def gr_register_caches() -> Iterable[CacheDescriptor]:
         CacheDescriptor(
             name="paged",
             factory="gr_kernels.cache.paged:PagedCache",
-            summary="K and V of histories in blocks, shared by prefix; options: file, file_bytes",
+            summary="K and V of histories in blocks, shared by prefix; options: file, file_bytes, "
+            "device_bytes, host_bytes",
             kinds=("user_kv",),
-            tiers=("memory", "file"),
+            tiers=("memory", "file", "device", "host"),
         )
     ]

@@ -69,8 +69,10 @@ class _Layers:
 
     def compute(self, batch: Sequence[EncodedRequest], plan: BatchPlan) -> Sequence[Tensor]:
         """Answers of the model's outputs, on the device."""
-        x_TD = self.ends.embed(batch, plan.sequences, plan.starts)
         arrivals = None if self.stream is None else plan.arrivals()
+        if arrivals is not None:
+            arrivals.start()
+        x_TD = self.ends.embed(batch, plan.sequences, plan.starts)
         for run in plan.runs(self.max_tokens):
             rows_TD = x_TD[run[0].start : run[-1].stop]
             self.runner.run(rows_TD, [piece.segment for piece in run], arrivals)

@@ -43,7 +43,11 @@ def prepare(
     if space is None or not longest:
         return
     rates = Rates(
-        bytes_per_second=measure_copies(str(runner.device)),
+        bytes_per_second=measure_copies(
+            str(runner.device),
+            block_bytes=runner.block_bytes,
+            layers=len(model.stack(task).layers),
+        ),
         costs_per_second=_computing_rate(model.stack(task), runner, longest),
     )
     space.set_rates(rates)
