@@ -5,7 +5,6 @@ See `.triton_kernels` for where they run. Shapes as in `gr_kernels.ops.hstu_atte
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -268,16 +267,16 @@ def test_jagged_lengths(device: str):
     """None, one and many queries beside each other: each finds its own block of rows."""
     users = [user(i, any_intervals(i, *sizes), sizes[1]) for i, sizes in enumerate(JAGGED)]
     expected = right(users)
-    for padding, counts in itertools.product((0, 70), parts_of(users)):
+    for padding, counts in zip((0, 70, 1, 0), parts_of(users), strict=True):
         found = compute(users, counts=counts, padding=padding, device=device)
         assert error(found, expected) < 1e-5
 
 
 # The fixture sets a variable for all examples alike.
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15)
 @given(data=st.data())
 def test_it_computes_the_equation(device: str, data: st.DataObject):
-    lengths = st.tuples(st.integers(0, 70), st.integers(0, 110))
+    lengths = st.tuples(st.integers(0, 40), st.integers(0, 110))
     users = [
         user(seed, any_intervals(seed, *sizes), sizes[1], heads=1)
         for seed, sizes in enumerate(data.draw(st.lists(lengths, min_size=1, max_size=4)))
@@ -287,7 +286,7 @@ def test_it_computes_the_equation(device: str, data: st.DataObject):
     assert error(found, right(users)) < 1e-5
 
 
-@pytest.mark.parametrize("launch", [(16, 16), (16, 128), (64, 32), (128, 64)])
+@pytest.mark.parametrize("launch", [(16, 128), (32, 16), (128, 64)])
 def test_tiles_of_any_size(device: str, launch: tuple[int, int], monkeypatch: pytest.MonkeyPatch):
     config = {"M": launch[0], "N": launch[1], "num_warps": 4, "num_stages": 2}
     monkeypatch.setattr(module, "configuration", lambda *_: config)
@@ -439,11 +438,13 @@ def compile_one(
     kind: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Any:
-    """Of a launch as for a large batch, with bfloat16's tanh."""
+    """The kernel as a device of that capability runs it by default, with bfloat16's tanh."""
     from gr_kernels.ops.hstu_attention import triton_kernels
 
     recorded = Recorded(triton_kernels)
     monkeypatch.setattr(module, "_kernels", lambda: recorded)
+    monkeypatch.setattr(module, "_device", lambda: (capability, SHARED_BYTES[capability]))
+    module._default.cache_clear()
     rows = [torch.zeros(64, 2, d, dtype=dtype) for d in (d_qk, d_qk, d_v)]
     places = [torch.zeros(64, dtype=torch.int32) for _ in range(3)]
     offsets = torch.tensor([0, 32, 64])
@@ -455,6 +456,7 @@ def compile_one(
         long = [torch.zeros(n).long() for n in (63, 64, 2, 64)]
         bias = TableBias(torch.zeros(2).int(), torch.zeros(199), places[0], torch.zeros(64), *long)
     module.attend(*rows, offsets, offsets, *places, ALPHA, DIVISOR, queries, cached, bias)
+    module._default.cache_clear()
     launches = recorded.launches["attend"]
     launches.given[0][1]["TANH"] = dtype == torch.bfloat16
     return launches.compile(capability)
@@ -472,11 +474,9 @@ def compile_one(
             for dtype in DTYPES
             for case in (
                 (64, 64, 5, "c"),
-                (128, 128, 1000, ""),
-                (256, 256, 1000, "c"),
                 (25, 33, 300, "ct"),
                 (32, 128, 300, "p"),
-                (128, 128, 300, "ct"),
+                (256, 256, 1000, "c"),
             )
         ),
     ],
@@ -507,12 +507,12 @@ def test_configurations_are_what_products_take(d_qk: int, d_v: int, dtype: str):
     for queries in (1, 16, 64, 4096):
         sizes = {"d_qk": d_qk, "d_v": d_v, "queries": queries}
         found = module.CONFIGURATIONS(dtype, sizes)
-        assert found
+        assert len(found) > 1
         assert all(found.count(one) == 1 for one in found)
         for one in found:
-            assert set(one) == {"M", "N", "num_warps", "num_stages"}
+            assert {"M", "N", "num_warps", "num_stages"} <= set(one)
             assert {one["M"], one["N"]} <= {16, 32, 64, 128}
-            assert one["num_warps"] in (2, 4, 8)
+            assert one["num_warps"] in (4, 8)
 
 
 def test_what_it_does_not_compute_is_refused():
@@ -537,3 +537,11 @@ def test_what_it_does_not_compute_is_refused():
         module.attend(*arguments, out_THV=torch.zeros(3, 1, 9))
     with pytest.raises(ValueError, match="q has columns 2 numbers apart"):
         module.attend(torch.zeros(3, 1, 16)[..., ::2], *arguments[1:])
+
+
+def test_a_device_with_little_shared_memory(monkeypatch: pytest.MonkeyPatch):
+    sizes = {"d_qk": 256, "d_v": 256, "queries": 4096}
+    monkeypatch.setattr(module, "_device", lambda: (89, 99 * 1024))
+    assert module.CONFIGURATIONS("bfloat16", sizes)[0]["M"] == 64
+    monkeypatch.setattr(module, "_device", lambda: (75, 8 * 1024))
+    assert module.CONFIGURATIONS("bfloat16", sizes)[0]["M"] == 16

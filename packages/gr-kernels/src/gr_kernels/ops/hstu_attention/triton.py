@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,15 +34,88 @@ MOST_QUERIES = 4096
 """From here on, more queries of a sequence change nothing about how it is launched."""
 Configuration = Mapping[str, int]
 
+# Launches of many queries, the default first: M, N, warps, stages and, for some, the registers of a
+# thread, so that two programs share a processor and one's products hide the other's SiLU. By the
+# generation of tensor cores, or float32, and the larger of a head's two sizes. Chosen by what ptxas
+# says: no spilled registers in the loop without masks.
+_MANY: Mapping[tuple[str, int], Sequence[tuple[int, ...]]] = {
+    ("hopper", 64): (
+        (128, 64, 8, 3, 128),
+        (128, 64, 8, 2, 128),
+        (128, 128, 8, 2),
+        (128, 64, 8, 3),
+        (128, 32, 8, 3, 128),
+        (64, 64, 4, 3),
+        (64, 128, 4, 2),
+    ),
+    ("hopper", 128): (
+        (128, 64, 8, 2),
+        (128, 64, 8, 3),
+        (128, 32, 8, 2, 128),
+        (128, 32, 8, 3, 128),
+        (128, 128, 8, 2),
+        (64, 64, 4, 2),
+        (64, 32, 4, 3),
+    ),
+    ("hopper", 256): (
+        (128, 32, 8, 2),
+        (128, 64, 8, 2),
+        (64, 32, 8, 2),
+        (64, 64, 8, 2),
+        (32, 32, 4, 2),
+    ),
+    ("ampere", 64): (
+        (128, 64, 8, 3),
+        (64, 32, 4, 3),
+        (64, 64, 4, 3),
+        (128, 32, 8, 3, 128),
+        (128, 64, 4, 3),
+        (64, 32, 4, 2),
+    ),
+    ("ampere", 128): (
+        (128, 32, 8, 3),
+        (64, 32, 4, 3),
+        (128, 32, 8, 2),
+        (64, 64, 4, 2),
+        (32, 32, 4, 3),
+    ),
+    ("ampere", 256): ((64, 32, 8, 2), (32, 32, 4, 2), (64, 64, 8, 2), (32, 32, 8, 2)),
+    ("float32", 64): ((64, 32, 4, 2), (128, 32, 8, 2), (32, 32, 4, 2), (64, 64, 4, 2)),
+    ("float32", 128): ((32, 32, 8, 2), (16, 32, 4, 2), (32, 32, 4, 2), (64, 32, 8, 2)),
+    ("float32", 256): ((16, 32, 8, 2), (16, 16, 4, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
+}
+# N, warps and stages of few queries: at most 64.
+_FEW: Mapping[tuple[str, int], Sequence[tuple[int, int, int]]] = {
+    ("half", 64): ((64, 4, 3), (64, 4, 2), (32, 4, 4), (128, 4, 2)),
+    ("half", 128): ((64, 4, 2), (32, 4, 3), (64, 4, 3), (64, 8, 2)),
+    ("half", 256): ((32, 8, 2), (32, 4, 2), (64, 8, 2), (32, 8, 3)),
+    ("float32", 64): ((32, 4, 2), (64, 4, 2), (32, 8, 2)),
+    ("float32", 128): ((32, 8, 2), (32, 4, 2), (16, 4, 2)),
+    ("float32", 256): ((32, 8, 2), (16, 8, 2), (16, 4, 2)),
+}
+
 
 def CONFIGURATIONS(dtype: str, sizes: Mapping[str, int]) -> list[dict[str, int]]:
     """Launches worth trying for these sizes, the default first; see `attend` for the sizes."""
-    size, queries = max(sizes["d_qk"], sizes["d_v"]), sizes["queries"]
-    width = size * (4 if dtype == "float32" else 2)
-    m = min(max(queries, 16), 128 if width <= 256 else 64 if width <= 512 else 32)
-    n = 64 if width <= 256 else 32
-    default = {"M": m, "N": n, "num_warps": 8 if m == 128 or width > 256 else 4, "num_stages": 2}
-    return [default]
+    d_qk, d_v = sizes["d_qk"], sizes["d_v"]
+    size = max(64, d_qk, d_v)
+    capability, shared = _device()
+    kind = "hopper" if capability >= 90 else "ampere"
+    launches = _MANY[dtype if dtype == "float32" else kind, size]
+    if sizes["queries"] <= 64:
+        m = min(power_of_two(sizes["queries"], least=16), launches[0][0])
+        launches = [(m, *few) for few in _FEW[dtype if dtype == "float32" else "half", size]]
+    names = ("M", "N", "num_warps", "num_stages", "maxnreg")
+    found = [dict(zip(names, launch, strict=False)) for launch in launches]
+    itemsize = 4 if dtype == "float32" else 2
+
+    def bytes_of(one: dict[str, int]) -> int:
+        # Of Q, and of K and V of each stage; products of float32 are of copies.
+        keys = one["num_stages"] * one["N"] * (d_qk + d_v)
+        return (one["M"] * d_qk + keys) * itemsize * (5 if dtype == "float32" else 4) // 4
+
+    fitting = [one for one in found if bytes_of(one) <= shared]
+    return fitting or [{"M": 16, "N": 16, "num_warps": 4, "num_stages": 1}]
 
 
 def attend(
@@ -98,7 +172,10 @@ def attend(
         pairs_start = pairs_B.cumsum(0) - pairs_B
     k, v = (power_of_two(d, least=16) for d in (d_qk, d_v))
     sizes = {"d_qk": k, "d_v": v, "queries": power_of_two(most_queries, most=MOST_QUERIES)}
-    launch = configuration(NAME, dtype, sizes, _default(dtype, **sizes))
+    launch = dict(configuration(NAME, dtype, sizes, _default(dtype, **sizes)))
+    if bias is not None:
+        # A bias takes registers of its own.
+        launch.pop("maxnreg", None)
     with device_of(q_THK):
         kernels.attend[(tokens // launch["M"] + sequences, heads)](
             q_THK,
@@ -225,6 +302,15 @@ def _aligned(rows: Tensor) -> int:
     """Bytes, at most 16, that all rows are aligned to, and those of blocks of such rows."""
     numbers = (rows.shape[2], rows.stride(0), rows.stride(1))
     return math.gcd(16, rows.data_ptr(), *(n * rows.element_size() for n in numbers))
+
+
+@functools.cache
+def _device() -> tuple[int, int]:
+    """Of the current device: capability, and bytes of shared memory; without one, as of an H100."""
+    if not torch.cuda.is_available():
+        return 90, 227 * 1024
+    properties: Any = torch.cuda.get_device_properties()
+    return properties.major * 10 + properties.minor, properties.shared_memory_per_block_optin
 
 
 @functools.cache

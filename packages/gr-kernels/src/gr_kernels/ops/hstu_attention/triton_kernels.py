@@ -17,7 +17,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 BUCKETS_PER_OCTAVE = tl.constexpr(0.6931471805599453 / 0.301)
 """Buckets of a table by time are of log(seconds) / 0.301."""
 BUCKET_SLACK = tl.constexpr(1e-3)
-"""More than a bucket, as a fraction in float32, can be off; less than two buckets are apart."""
+"""More than rounding takes from a bucket, as a fraction in float32."""
+ONE_BITS = tl.constexpr(0x3F800000)
+"""Of 1.0 in float32, which has 2^23 numbers between powers of two."""
 
 
 @triton.jit
@@ -36,10 +38,14 @@ def silu(x, TANH: tl.constexpr):
 
 @triton.jit
 def time_bucket(gap, threshold_ptr, BUCKETS: tl.constexpr):
-    """Thresholds that are at most ``gap``, an int64 of at least 0: found by a logarithm that may be
-    slightly off, and one comparison."""
-    log2 = tl.log2(tl.maximum(gap, 1).to(tl.float32))
-    bucket = tl.maximum(log2 * BUCKETS_PER_OCTAVE - BUCKET_SLACK, 0.0).to(tl.int32)
+    """Thresholds that are at most ``gap``, an int64 of at least 0: a guess and one comparison.
+
+    A float's bits are its logarithm with a line from each power of two to the next: at most 0.087
+    too small, a fifth of a bucket. So the bucket is the guess or the one after it.
+    """
+    bits = gap.to(tl.float32).to(tl.int32, bitcast=True) - ONE_BITS
+    bucket = (bits.to(tl.float32) * (BUCKETS_PER_OCTAVE / 8388608) - BUCKET_SLACK).to(tl.int32)
+    bucket = tl.maximum(bucket, 0)
     if BUCKETS > 1:
         bucket = tl.minimum(bucket, BUCKETS - 2)
         bucket += (gap >= tl.load(threshold_ptr + bucket)).to(tl.int32)
@@ -162,16 +168,27 @@ def plus_tile(
     k_NK = load_rows(k_ptr_N, real_N, D_QK, K)
     v_NV = load_rows(v_ptr_N, real_N, D_V, V)
     score_MN = tl.dot(q_MK, tl.trans(k_NK), input_precision="tf32x3") * alpha
-    if pair_row_ptr is not None:
-        real_MN = real_M[:, None] & (place_N >= 0)[None, :]
-        score_MN += tl.load(pair_row_ptr[:, None] + place_N[None, :], mask=real_MN, other=0.0)
-    if P:
-        at_MN = tl.minimum(place_N, history)[None, :] - position_M[:, None] + (P - 1)
-        score_MN += tl.load(position_ptr + at_MN, mask=(place_N >= 0)[None, :], other=0.0)
-    if BUCKETS:
-        times_N = tl.load(times_row_ptr + place_N, mask=place_N >= 0, other=0)
-        gap_MN = tl.abs(next_time_M[:, None] - times_N[None, :])
-        score_MN += tl.load(time_ptr + time_bucket(gap_MN, threshold_ptr, BUCKETS))
+    if pair_row_ptr is not None or P > 0 or BUCKETS > 0:
+        # In a branch, loads are not pipelined: copies of single numbers to shared memory would take
+        # most of it, and more time than they save.
+        always = alpha == alpha
+        if always:
+            if pair_row_ptr is not None:
+                pair_ptr_MN = tl.expand_dims(pair_row_ptr, 1) + place_N[None, :]
+                if FULL:
+                    score_MN += tl.load(pair_ptr_MN, mask=real_M[:, None], other=0.0)
+                else:
+                    real_MN = real_M[:, None] & tl.expand_dims(real_N, 0)
+                    score_MN += tl.load(pair_ptr_MN, mask=real_MN, other=0.0)
+            if not FULL:
+                # For what is no place, that of a key that there is.
+                place_N = tl.maximum(place_N, 0)
+            if P:
+                at_MN = tl.minimum(place_N, history)[None, :] - position_M[:, None] + (P - 1)
+                score_MN += tl.load(position_ptr + at_MN)
+            if BUCKETS:
+                gap_MN = tl.abs(next_time_M[:, None] - tl.load(times_row_ptr + place_N)[None, :])
+                score_MN += tl.load(time_ptr + time_bucket(gap_MN, threshold_ptr, BUCKETS))
     weight_MN = silu(score_MN, TANH)
     if not FULL:
         # One comparison without signs instead of two with: from, and to.
