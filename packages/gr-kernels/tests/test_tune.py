@@ -9,10 +9,12 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from gr_core import KernelDescriptor
+from gr_core.devices import Machine
 from gr_core.errors import GrError, PlanError
-from gr_kernels import choice, tuning
+from gr_kernels import choice, tune_command, tuning
 from gr_kernels.descriptors import KERNELS
 from gr_kernels.tune import Run, best, cases
 from gr_kernels.tuning import Entry
@@ -224,3 +226,10 @@ def test_what_differs_from_the_default_is_never_the_best(caplog: pytest.LogCaptu
     assert entry is not None
     assert entry.config == {"M": 3}
     assert "with {'M': 2} differs by 1 from its default: passed over" in caplog.text
+
+
+def test_without_a_gpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tune_command, "machine", lambda: Machine((), "there is no GPU"))
+    result = CliRunner().invoke(tune_command.tune, [], standalone_mode=False)
+    assert isinstance(result.exception, PlanError)
+    assert str(result.exception) == "there is no GPU; launches can only be measured on a GPU"

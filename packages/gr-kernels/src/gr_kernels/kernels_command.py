@@ -11,6 +11,7 @@ import click
 
 from gr_core.cli.output import emit, table
 from gr_core.errors import GrError, UserError
+from gr_kernels.tune_command import tune
 
 if TYPE_CHECKING:
     from gr_core import KernelDescriptor
@@ -20,7 +21,10 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 
 @click.group(name="kernels")
 def kernels() -> None:
-    """Kernels of this machine: which there are, and building those in CUDA C++."""
+    """Kernels of this machine: which there are, building and measuring them."""
+
+
+kernels.add_command(tune)
 
 
 @kernels.command(name="list")

@@ -49,7 +49,12 @@ def gr_register_commands() -> Iterable[CommandDescriptor]:
             name="bench-stack",
             factory="gr_kernels.benchmark.command:bench_stack",
             summary="Measure the native HSTU layers beside PyTorch and others, on a grid of work",
-        )
+        ),
+        CommandDescriptor(
+            name="kernels",
+            factory="gr_kernels.kernels_command:kernels",
+            summary="Kernels of this machine: list, build, tune",
+        ),
     ]
 
 

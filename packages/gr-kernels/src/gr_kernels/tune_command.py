@@ -8,6 +8,8 @@ from pathlib import Path
 import click
 
 from gr_core.cli.options import Setup, configured
+from gr_core.devices import machine
+from gr_core.errors import PlanError
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -36,8 +38,6 @@ def tune(
     The table is written after each kernel and size, so what is stopped goes on where it was.
     Without a --dtype, for bfloat16.
     """
-    from gr_core.devices import machine
-    from gr_core.errors import PlanError
     from gr_core.stack import StackModel
 
     ok, reason = machine().available(device)
