@@ -53,6 +53,7 @@ from gr_kernels.benchmark.measure import relative_error
 from gr_kernels.benchmark.peers import reference_rows
 from gr_kernels.benchmark.work import make_work
 from gr_kernels.cache.paged import PagedCache
+from gr_kernels.choice import choose
 from gr_kernels.ops.hstu_attention import reference
 from gr_kernels.ops.hstu_stack.cuda import Ops
 from gr_kernels.ops.hstu_stack.interface import Rows, Segment
@@ -61,7 +62,7 @@ from .late_copies import LateCache
 from .stacks import random_stack
 from .triton_kernels import device_for, needs_triton, not_interpreted, run_on_the_interpreter
 
-QUICK = Settings(rounds=2, slice_ms=0.01, most_runs=2, warm_ups=1)
+QUICK = Settings(rounds=2, slice_ms=0.01, most_runs=2, warm_ups=1, wall_runs=1)
 NOWHERE = np.empty(0, np.uintp)
 
 
@@ -93,6 +94,7 @@ class PlayedDevice:
     def attention(self, kernel: str, dtype: str, sizes: Mapping[str, int]) -> Any:
         if not kernel.endswith("-triton"):
             raise PlanError(f"{kernel} is not to be had")
+        choose("hstu_projection", dtype)
         from gr_kernels.ops.hstu_attention.triton import attend
 
         return attend
@@ -102,6 +104,9 @@ class PlayedDevice:
 
     def cache(self, device_bytes: int, host_bytes: int) -> PagedCache:
         return LateCache(device_bytes, host_bytes)
+
+    def host_copies(self) -> float:
+        return 1e9
 
     def forget(self) -> None:
         return
@@ -483,6 +488,7 @@ def test_all_sides_agree(device: PlayedDevice):
     assert sorted({part.name for part in outcome.parts}) == [
         *("attention", "output", "projection", "store K and V")
     ]
+    assert any(line.startswith("op hstu_projection in bfloat16: ") for line in outcome.chosen)
     page = report.as_markdown(outcome)
     for title in (*report.TITLES.values(), "Kernel by kernel", "Machine", "Targets"):
         assert f"# {title}\n" in page

@@ -60,6 +60,10 @@ class Device(Protocol):
 
     def cache(self, device_bytes: int, host_bytes: int) -> PagedCache: ...
 
+    def host_copies(self) -> float:
+        """Bytes per second that come from the host's pinned memory, in blocks."""
+        ...
+
     def forget(self) -> None:
         """Gives back memory that nothing uses any more."""
         ...
@@ -121,6 +125,11 @@ class CudaDevice:
 
     def cache(self, device_bytes: int, host_bytes: int) -> PagedCache:
         return PagedCache(1 << 20, device_bytes=device_bytes, host_bytes=host_bytes)
+
+    def host_copies(self) -> float:
+        from gr_kernels.cuda.transfers import measure_copies
+
+        return measure_copies(self.name)
 
     def forget(self) -> None:
         torch.cuda.empty_cache()

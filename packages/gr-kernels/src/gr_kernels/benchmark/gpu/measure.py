@@ -95,6 +95,8 @@ class Case:
     entries: Sequence[Entry]
     ours: str
     """Which side the others are compared with."""
+    by_host: bool = False
+    """Whether the host's clock counts: where what the host does first is a part of the work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,8 @@ class Settings:
     """A turn of a side repeats its run for about so long."""
     most_runs: int = 20
     """Of a turn."""
+    wall_runs: int = 3
+    """Of a turn, by the host's clock."""
     warm_ups: int = 4
     """Runs before the rounds, besides those that were checked."""
 
@@ -130,9 +134,10 @@ class SideResult:
     flops: float = 0.0
     bytes: float = 0.0
     ms: list[float] = field(default_factory=list)
-    """Of each round, by the device's clock, from behind what was before to its end."""
+    """Of each round. By the device's clock, from behind what was before to its end, the host being
+    ahead if it can; where the host's clock counts, as ``wall_ms``."""
     wall_ms: list[float] = field(default_factory=list)
-    """Of one run in each round, by the host's clock, the device idle before and after."""
+    """Of each round, by the host's clock, the device idle before and after."""
     faster: float | None = None
     """How many times our side is faster: the median, within rounds, of ratios of ``ms``."""
     faster_quartiles: tuple[float, float] | None = None
@@ -230,7 +235,7 @@ def measure(
             _judge(results)
             timed = {name: side for name, side in ready.items() if not results[name].wrong}
             advance(f"{case.name}: rounds")
-            _take_turns(timed, results, case.sets, device, settings)
+            _take_turns(case, timed, results, device, settings)
             # An error that has changed is a race.
             for name, side in timed.items():
                 _check(side, results[name], right, device)
@@ -316,14 +321,14 @@ def _judge(results: Mapping[str, SideResult]) -> None:
 
 
 def _take_turns(
+    case: Case,
     sides: Mapping[str, Side],
     results: Mapping[str, SideResult],
-    sets: int,
     device: Device,
     settings: Settings,
 ) -> None:
     """Another side comes first in every round."""
-    runs = {}
+    runs, sets = {}, case.sets
     for name, side in sides.items():
         took = _turn(side, range(settings.warm_ups), sets, device)[-1]
         runs[name] = max(1, min(settings.most_runs, int(settings.slice_ms / max(took, 1e-3))))
@@ -332,10 +337,13 @@ def _take_turns(
         first = number % max(len(names), 1)
         for name in names[first:] + names[:first]:
             side, result = sides[name], results[name]
-            result.wall_ms.append(_wall_ms(side, done % sets, device))
-            found = _turn(side, range(done + 1, done + 1 + runs[name]), sets, device)
+            walls = [_wall_ms(side, (done + i) % sets, device) for i in range(settings.wall_runs)]
+            result.wall_ms.append(statistics.median(walls))
+            found = walls
+            if not case.by_host:
+                found = _turn(side, range(done, done + runs[name]), sets, device)
             result.ms.append(statistics.median(found))
-        done += 1 + max(runs.values(), default=0)
+        done += max(runs.values(), default=0)
 
 
 def _turn(side: Side, numbers: range, sets: int, device: Device) -> list[float]:

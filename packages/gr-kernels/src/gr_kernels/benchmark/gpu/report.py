@@ -62,6 +62,7 @@ def as_markdown(outcome: Outcome) -> str:
         if summary is not None:
             parts.append(markdown(summary(found)))
         if series == HOST:
+            parts.append("By the host's clock, finding the blocks included.\n")
             parts += [
                 f"Copying from the host takes less time than computing, batch {batch}: {verdict}.\n"
                 for batch, verdict in break_even(_with_points(found)).items()
@@ -74,6 +75,8 @@ def as_markdown(outcome: Outcome) -> str:
             parts.append("### Kernel by kernel\n")
             parts.append("One layer that computes all rows, medians over layers and rounds.\n")
             parts.append(markdown(parts_table(outcome)))
+    if outcome.chosen:
+        parts.append("## What ran\n\n" + "".join(f"- {line}\n" for line in outcome.chosen))
     if left := reasons(outcome):
         parts.append("## Not measured\n\n" + "".join(f"- {reason}\n" for reason in left))
     return "\n".join(parts)
@@ -87,6 +90,8 @@ def machine_table(outcome: Outcome) -> Table:
     if (ceilings := outcome.ceilings) is not None:
         facts[f"matrix product {ceilings.size}³, bfloat16"] = f"{ceilings.tflops_per_s:.0f} TFLOP/s"
         facts["copy on the device"] = f"{ceilings.gb_per_s:.0f} GB/s"
+    if outcome.host_gb_per_s is not None:
+        facts["copies from the host's pinned memory"] = f"{outcome.host_gb_per_s:.1f} GB/s"
     facts["rounds"] = str(outcome.settings.rounds)
     facts["when"] = outcome.when
     return ("what", "here"), list(facts.items())
@@ -221,6 +226,8 @@ def json_text(outcome: Outcome) -> str:
             name: [_case_as_json(point, case) for point, case in found]
             for name, found in outcome.series.items()
         },
+        "host_gb_per_s": outcome.host_gb_per_s,
+        "chosen": outcome.chosen,
         "kernel_by_kernel": [dataclasses.asdict(part) for part in outcome.parts],
     }
     return json.dumps(raw, indent=1, allow_nan=False) + "\n"

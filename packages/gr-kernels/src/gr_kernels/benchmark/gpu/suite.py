@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 
+from gr_kernels import choice
 from gr_kernels.benchmark.gpu import attention, from_host, layers, tables
 from gr_kernels.benchmark.gpu.attention import AttentionPoint
 from gr_kernels.benchmark.gpu.ceilings import Ceilings, measure_ceilings
@@ -80,6 +83,10 @@ class Outcome:
     ceilings: Ceilings | None = None
     series: dict[str, list[tuple[LayersPoint | None, CaseResult]]] = field(default_factory=dict)
     parts: Sequence[Part] = ()
+    host_gb_per_s: float | None = None
+    """Copied from the host's pinned memory in blocks, where that is of interest."""
+    chosen: list[str] = field(default_factory=list)
+    """Which implementations ran at which sizes, and why, as `gr_kernels.choice` logs it."""
     broken: list[str] = field(default_factory=list)
     """What ended before it was measured, and why."""
     when: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -112,6 +119,23 @@ def run(
     outcome.ceilings = measure_ceilings(
         device, settings.rounds, size=plan.matrix, copied=plan.copied
     )
+    if HOST in only:
+        outcome.host_gb_per_s = device.host_copies() / 1e9
+    with _told(outcome.chosen):
+        _run(plan, device, only, advance, tell, outcome)
+    outcome.machine_after = dict(device.describe())
+    return outcome
+
+
+def _run(
+    plan: Plan,
+    device: Device,
+    only: Sequence[str],
+    advance: Callable[[str], None],
+    tell: Callable[[CaseResult], None],
+    outcome: Outcome,
+) -> None:
+    settings = outcome.settings
     for series, of, name, make in _cases(plan, device):
         if series not in only:
             continue
@@ -130,8 +154,25 @@ def run(
             outcome.parts = layers.breakdown(plan.stack[0], device, settings.rounds)
         except Exception as error:
             outcome.broken.append(f"kernel by kernel: {explained(error)}")
-    outcome.machine_after = dict(device.describe())
-    return outcome
+
+
+@contextmanager
+def _told(chosen: list[str]) -> Iterator[None]:
+    """Collects what is logged of choices."""
+
+    class Collecting(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            chosen.append(record.getMessage())
+
+    logger, handler = logging.getLogger(choice.__name__), Collecting()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _cases(
