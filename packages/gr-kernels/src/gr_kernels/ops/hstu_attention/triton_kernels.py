@@ -74,9 +74,8 @@ def row_of(place, address, row_ptr, stride, in_block, D: tl.constexpr, ALIGNED: 
         item: tl.constexpr = row_ptr.dtype.element_ty.primitive_bitwidth // 8
         inside = address + in_block + place % BLOCK * (D * item)
         # In terms of addresses, as those of blocks are.
-        either = tl.where(address != 0, inside, ptr.to(tl.int64))
-        ptr = tl.multiple_of(either.to(row_ptr.dtype), ALIGNED)
-    return ptr
+        ptr = tl.where(address != 0, inside, ptr.to(tl.int64)).to(row_ptr.dtype)
+    return tl.multiple_of(ptr, ALIGNED)
 
 
 @triton.jit
@@ -189,17 +188,40 @@ def plus_tile(
             if BUCKETS:
                 gap_MN = tl.abs(next_time_M[:, None] - tl.load(times_row_ptr + place_N)[None, :])
                 score_MN += tl.load(time_ptr + time_bucket(gap_MN, threshold_ptr, BUCKETS))
-    weight_MN = silu(score_MN, TANH)
     if not FULL:
         # One comparison without signs instead of two with: from, and to.
         at_MN = (first - from_M)[:, None] + tl.arange(0, N)[None, :]
         length_M = tl.maximum(to_M - from_M, 0)
         sees_MN = at_MN.to(tl.uint32) < length_M.to(tl.uint32)[:, None]
-        weight_MN = tl.where(sees_MN, weight_MN, 0.0)
+        # SiLU of 0 is 0.
+        score_MN = tl.where(sees_MN, score_MN, 0.0)
+    weight_MN = silu(score_MN, TANH)
     return tl.dot(weight_MN.to(v_NV.dtype), v_NV, a_MV, input_precision="tf32x3")
 
 
-@triton.jit
+# What changes from call to call shall not compile the kernel anew.
+@triton.jit(
+    do_not_specialize=["tokens", "sequences", "address_stride", "layer_offset"],
+    do_not_specialize_on_alignment=[
+        "query_offset_ptr",
+        "key_offset_ptr",
+        "low_ptr",
+        "high_ptr",
+        "own_ptr",
+        "address_ptr",
+        "count_ptr",
+        "pair_ptr",
+        "pair_start_ptr",
+        "history_ptr",
+        "position_ptr",
+        "positions_ptr",
+        "time_ptr",
+        "threshold_ptr",
+        "times_ptr",
+        "time_start_ptr",
+        "next_time_ptr",
+    ],
+)
 def attend(
     q_ptr,
     k_ptr,
@@ -392,7 +414,7 @@ def attend(
             0, left, right, lowest, full_from, full_to, highest, own_ptr, own_rows, N
         )
         next_N = block_of(next_place_N, next_place_N >= 0, count, address_ptr, CACHED)
-        for step in range(0, left + right + any_apart * M, N):
+        for step in range(0, left + right + tl.where(any_apart, M, 0), N):
             place_N = next_place_N
             address_N = next_N
             first = next_first
