@@ -1,13 +1,15 @@
 """HSTU layers on a GPU: ours beside plain PyTorch, torch.compile and softmax attention.
 
-    python benchmarks/gpu_layers.py [--quick] [--only stack attention] [--write]
+    python benchmarks/gpu_layers.py [--tune] [--quick] [--only stack attention] [--write]
 
 Needs a CUDA GPU and gr-kernels[triton]. Each case is checked first: fresh random inputs, poisoned
 outputs, the error relative to float32 at most twice that of plain PyTorch in bfloat16. What is
 wrong is not timed, no speed-up is told of it or by it, and the script ends with 1. Then the sides
 take turns in rounds, timed by events on the device. With `--write` the tables go to
 benchmarks/results/gpu_layers.md and everything else to gpu_layers.json; `--markdown` and `--json`
-name other files. The card's settings are read, never changed.
+name other files. `--tune` first measures how kernels are launched best at these sizes, as
+`gr kernels tune` does, and keeps it for all that runs here later. The card's settings are read,
+never changed.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=0, help="15, or 3 with --quick")
     parser.add_argument("--quick", action="store_true", help="few points and rounds")
+    parser.add_argument("--tune", action="store_true", help="measure launches first")
     parser.add_argument("--only", nargs="+", choices=suite.SERIES, default=list(suite.SERIES))
     parser.add_argument("--device", type=int, default=0, help="number of the GPU")
     parser.add_argument("--json", type=Path, help="write all measurements there")
@@ -45,18 +48,28 @@ def main(arguments: list[str] | None = None) -> int:
         given.json = given.json or RESULTS / "gpu_layers.json"
         given.markdown = given.markdown or RESULTS / "gpu_layers.md"
 
+    from gr_kernels.benchmark.gpu import tuned
     from gr_kernels.benchmark.gpu.device import CudaDevice
+    from gr_kernels.tune import cuda_timer
+
+    def advance(step: str) -> None:
+        print(f"… {step}", file=sys.stderr, flush=True)
 
     def tell(case: CaseResult) -> None:
         print(f"\n{case.name}\n", flush=True)
         print(markdown(report.case_table(case, None)), flush=True)
 
+    plan = suite.QUICK if given.quick else suite.FULL
+    device = CudaDevice(given.device)
+    if given.tune:
+        points = [*plan.stack, *plan.returning, *plan.host]
+        tuned.tune(tuned.todo(points, device.name), cuda_timer, advance)
     outcome = suite.run(
-        suite.QUICK if given.quick else suite.FULL,
-        CudaDevice(given.device),
+        plan,
+        device,
         Settings(rounds=given.rounds or (3 if given.quick else 15)),
         given.only,
-        lambda step: print(f"… {step}", file=sys.stderr, flush=True),
+        advance,
         tell,
     )
     page = report.as_markdown(outcome)

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gr_core.errors import PlanError
+from gr_kernels import tuning
 from gr_kernels.benchmark.dense import dense_mask
-from gr_kernels.benchmark.gpu import layers, report, suite
+from gr_kernels.benchmark.gpu import layers, report, suite, tuned
 from gr_kernels.benchmark.gpu.attention import AttentionPoint, plain_attention
 from gr_kernels.benchmark.gpu.from_host import FIRST, OVERLAPPED, break_even
 from gr_kernels.benchmark.gpu.layers import (
@@ -54,9 +56,11 @@ from gr_kernels.benchmark.peers import reference_rows
 from gr_kernels.benchmark.work import make_work
 from gr_kernels.cache.paged import PagedCache
 from gr_kernels.choice import choose
+from gr_kernels.descriptors import KERNELS
 from gr_kernels.ops.hstu_attention import reference
 from gr_kernels.ops.hstu_stack.cuda import Ops
 from gr_kernels.ops.hstu_stack.interface import Rows, Segment
+from gr_kernels.tune import Case as TuneCase
 
 from .late_copies import LateCache
 from .stacks import random_stack
@@ -187,6 +191,43 @@ def test_lengths_are_mixed_and_of_the_mean():
     (dense,) = suite.FULL.stack
     assert (dense.layers, dense.width, dense.users, dense.candidates) == (5, 512, 32, 2048)
     assert dense.lengths == lengths
+
+
+def test_what_the_layers_launch_is_what_is_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every size that a stack asks for at the points, with graphs and without."""
+    points = [point(1, 64, [40, 17], 6), point(1, 64, [3] * 5, 9, cached=100)]
+    rows, queries = tuned.rows_and_queries(points)
+    asked: dict[str, set[int]] = {"rows": set(), "queries": set()}
+
+    class Asking(Ops):
+        def __init__(self) -> None:
+            super().__init__("bfloat16", (16, 16), ())
+
+        def _chosen(self, op: str, sizes: Any) -> Any:  # type: ignore[override]
+            for name, size in sizes:
+                asked.get(name, set()).add(size)
+
+    for of in points:
+        for one in (of, of.recomputed):
+            most = max(one.lengths) + one.candidates
+            for tokens in (one.tokens, one.users * one.candidates):
+                Asking().projection(tokens, 128, 64)
+                Asking().output(tokens, 192, 64)
+            Asking().attention(most, biased=False)
+            if of.cached:
+                Asking().attention(one.tokens, biased=False)
+    assert asked == {"rows": set(rows), "queries": set(queries)}
+
+    monkeypatch.setenv("GR_CACHE_DIR", str(tmp_path))
+    tuning.forget()
+    kernel = next(kernel for kernel in KERNELS if kernel.name == "hstu_output-cublas")
+    cases = [TuneCase(kernel, "bfloat16", {"rows": n}, lambda kernel: lambda: torch.ones(1))
+             for n in rows]  # fmt: skip
+    steps: list[str] = []
+    assert tuned.tune(cases, lambda run: 7.0, steps.append) == len(rows) == len(steps)
+    assert tuning.measured(kernel.name, "bfloat16", {"rows": rows[0]}) == 7.0
+    assert tuned.tune(cases, lambda run: 7.0) == 0  # all are there
+    tuning.forget()
 
 
 # ── Plain PyTorch ────────────────────────────────────────────────────────────────────────────────
