@@ -76,6 +76,7 @@ def compute(
     padding: int = 2,
     offsets: torch.dtype = torch.int64,
     is_one_projection: bool = False,
+    splits: int | None = None,
     seed: int = 0,
 ) -> tuple[float, float]:
     """The relative error of a call, and that which is allowed.
@@ -134,6 +135,7 @@ def compute(
         max(queries, default=0),
         cached=pages.cached if any(user.stored for user in users) else None,
         out_THV=out.to(machine.device),
+        splits=splits,
     ).cpu()
     assert not found[:padding].any()
     assert not found[len(found) - padding :].any()
@@ -236,6 +238,19 @@ def test_many_short_sequences(machine: Machine):
     """More than one look of a warp finds."""
     users = [User(n % 5, arbitrary(n, n % 3 if n % 5 else 0, n % 5)) for n in range(70)]
     error, allowed = compute(machine, users, 64, torch.bfloat16)
+    assert error <= allowed
+
+
+@pytest.mark.parametrize("columns", [64, 256])
+@pytest.mark.parametrize("splits", [2, 3, 8])
+def test_blocks_that_share_the_keys_of_a_row(machine: Machine, splits: int, columns: int):
+    """Some get none: there are fewer tiles of keys than blocks."""
+    users = [
+        User(300, causal(280, 20, start=230), stored=200),
+        User(0, causal(0)),
+        User(5, arbitrary(1, 3, 5)),
+    ]
+    error, allowed = compute(machine, users, columns, torch.float16, splits=splits)
     assert error <= allowed
 
 
@@ -343,11 +358,17 @@ class TestRefusals:
     @needs_compiler
     def test_the_library_refuses_too(self):
         found = emulated()["sm_80"]
-        call = Call(dtype=1, heads=1, columns=96, tokens=1, sequences=0)
+        call = Call(dtype=1, heads=1, columns=96, tokens=1, sequences=0, splits=1)
         with pytest.raises(ValueError, match="96 columns of a head; expected 64, 128 or 256"):
             found.hstu_attention(call, 0)
         call.columns, call.dtype = 64, 7
         with pytest.raises(ValueError, match="dtype 7"):
+            found.hstu_attention(call, 0)
+        call.splits = 2
+        with pytest.raises(ValueError, match="2 splits; expected 1, or a workspace"):
+            found.hstu_attention(call, 0)
+        call.splits, call.heads = 1, 65536
+        with pytest.raises(ValueError, match="65536 heads in 1 splits; expected at most 65535"):
             found.hstu_attention(call, 0)
         call.tokens = 2**31
         with pytest.raises(ValueError, match=r"more than 2\^30 tokens"):
@@ -357,7 +378,9 @@ class TestRefusals:
     def test_what_cuda_refuses_is_told(self):
         """Here a tensor map of rows that are not aligned."""
         found = emulated()["sm_90a"]
-        call = Call(dtype=1, heads=1, columns=64, tokens=1, keys=2, k=8, k_token_stride=64)
+        call = Call(
+            dtype=1, heads=1, columns=64, tokens=1, keys=2, k=8, k_token_stride=64, splits=1
+        )
         with pytest.raises(GrError, match="the base is null or not aligned"):
             found.hstu_attention(call, 0)
 

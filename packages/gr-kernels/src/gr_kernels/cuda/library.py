@@ -86,6 +86,8 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("low", "high", "own", "addresses", "counts")),
         *((name, ctypes.c_int64) for name in ("addresses_stride", "layer_offset")),
         *((name, ctypes.c_float) for name in ("alpha", "scale")),
+        *((name, ctypes.c_int32) for name in ("splits", "reserved")),
+        ("workspace", ctypes.c_void_p),
     ]
 
 
@@ -270,9 +272,7 @@ def build(
     return file
 
 
-def _compile(
-    architecture: str, tools: Toolchain, file: Path, report: Callable[[str], None]
-) -> str:
+def _compile(architecture: str, tools: Toolchain, file: Path, report: Callable[[str], None]) -> str:
     """Returns what the compiler has said. Raises `GrError` where it fails."""
     command = [str(tools.nvcc), *FLAGS, *ARCHITECTURES[architecture], f"-I{tools.headers}"]
     command += [str(SOURCES / "gr_cuda.cu"), "-o", str(file)]

@@ -24,7 +24,9 @@ struct Parameters {
   const int64_t* addresses;  // null: no keys in blocks
   const int32_t* counts;
   int64_t addresses_stride, layer_offset;
-  int tokens, sequences, heads;
+  int tokens, sequences, heads, columns;
+  int splits;
+  float* workspace;  // (splits, tokens, heads, columns)
   bool wide_offsets;
   float alpha, scale;
 };
@@ -105,6 +107,19 @@ GR_DEVICE void find_keys(const Parameters& of, const Rows& rows, int keys, int& 
     begin = least(begin, shuffle_xor(begin, mask));
     end = most(end, shuffle_xor(end, mask));
   }
+}
+
+// What of a block's keys is computed, in tiles of kN.
+struct Range {
+  int begin, end, tiles;
+};
+
+template <int kN>
+GR_DEVICE Range range_of(int begin, int end, int split, int splits) {
+  begin = least(begin / kN * kN, end);
+  const int tiles = (end - begin + kN - 1) / kN;
+  const int each = (tiles + splits - 1) / splits;
+  return Range{begin + split * each * kN, end, least(tiles - split * each, each)};
 }
 
 // Where K, or V, of a sequence's keys is found, for one head.
@@ -191,15 +206,31 @@ GR_DEVICE void load_queries(char* tile, const Parameters& of, const Rows& rows, 
   }
 }
 
+struct alignas(8) Two {
+  float low, high;
+};
+
+// Where a split's sums of a row are kept.
+template <int kD>
+GR_DEVICE Two* part_of(const Parameters& of, int64_t token, int head, int split) {
+  const int64_t row = (int64_t{split} * of.tokens + token) * of.heads + head;
+  return reinterpret_cast<Two*>(of.workspace + row * kD);
+}
+
 // Rows that are of no sequence.
 template <int kD, int kM, int kThreads>
-GR_DEVICE void store_zeros(const Parameters& of, const Rows& rows, int head) {
+GR_DEVICE void store_zeros(const Parameters& of, const Rows& rows, int head, int split) {
   constexpr int kPairs = kD / 2;
   for (int i = thread_index(); i < kM * kPairs; i += kThreads) {
     const int row = i / kPairs;
     if (row >= rows.count) return;
-    uint16_t* to = of.out + (rows.first + row) * of.out_token + head * of.out_head;
-    *reinterpret_cast<uint32_t*>(to + i % kPairs * 2) = 0;
+    if (of.splits > 1) {
+      Two* to = part_of<kD>(of, rows.first + row, head, split);
+      to[i % kPairs] = Two{0.0f, 0.0f};
+    } else {
+      uint16_t* to = of.out + (rows.first + row) * of.out_token + head * of.out_head;
+      *reinterpret_cast<uint32_t*>(to + i % kPairs * 2) = 0;
+    }
   }
 }
 
@@ -305,11 +336,17 @@ GR_DEVICE void add_own_keys(float (&sum)[kD / 8][4], const Parameters& of, const
 
 template <class T, int kD>
 GR_DEVICE void store_sums(const float (&sum)[kD / 8][4], const Parameters& of, const Rows& rows,
-                          const Pair& pair, int head) {
+                          const Pair& pair, int head, int split) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     if (pair.row + 8 * i >= rows.count) continue;
     const int64_t token = rows.first + pair.row + 8 * i;
+    if (of.splits > 1) {
+      Two* to = part_of<kD>(of, token, head, split) + lane() % 4;
+#pragma unroll
+      for (int b = 0; b < kD / 8; ++b) to[b * 4] = Two{sum[b][2 * i], sum[b][2 * i + 1]};
+      continue;
+    }
     uint16_t* to = of.out + token * of.out_token + head * of.out_head + lane() % 4 * 2;
 #pragma unroll
     for (int b = 0; b < kD / 8; ++b) {
@@ -317,6 +354,32 @@ GR_DEVICE void store_sums(const float (&sum)[kD / 8][4], const Parameters& of, c
           T::pack(sum[b][2 * i] * of.scale, sum[b][2 * i + 1] * of.scale);
     }
   }
+}
+
+// The sums of all splits, and their scale. Each thread has two columns.
+template <class T>
+GR_DEVICE void sum_splits(const Parameters& of, int threads) {
+  const int64_t pair = int64_t{block_x()} * threads + thread_index();
+  const int64_t pairs = of.columns / 2, all = pairs * of.heads * of.tokens;
+  if (pair >= all) return;
+  const Two* parts = reinterpret_cast<const Two*>(of.workspace) + pair;
+  Two sum{0.0f, 0.0f};
+  for (int split = 0; split < of.splits; ++split) {
+    sum.low += parts[split * all].low;
+    sum.high += parts[split * all].high;
+  }
+  const int64_t row = pair / pairs;
+  uint16_t* to = of.out + row / of.heads * of.out_token + row % of.heads * of.out_head;
+  *reinterpret_cast<uint32_t*>(to + pair % pairs * 2) =
+      T::pack(sum.low * of.scale, sum.high * of.scale);
+}
+
+constexpr int kSumThreads = 256;
+
+template <class T>
+GR_KERNEL(kSumThreads)
+hstu_attention_sum(GR_PARAMETER Parameters of) {
+  sum_splits<T>(of, kSumThreads);
 }
 
 }  // namespace gr

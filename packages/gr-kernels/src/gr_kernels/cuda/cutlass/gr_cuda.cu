@@ -44,7 +44,9 @@ Parameters parameters(const GrHstuAttention& call) {
   of.addresses = call.addresses, of.counts = call.counts;
   of.addresses_stride = call.addresses_stride, of.layer_offset = call.layer_offset;
   of.tokens = static_cast<int>(call.tokens), of.sequences = call.sequences;
-  of.heads = call.heads, of.wide_offsets = call.offset_bytes == 8;
+  of.heads = call.heads, of.columns = call.columns;
+  of.splits = call.splits, of.workspace = call.workspace;
+  of.wide_offsets = call.offset_bytes == 8;
   of.alpha = call.alpha, of.scale = call.scale;
   return of;
 }
@@ -63,8 +65,13 @@ int attend(const GrHstuAttention& call, void* stream, const Answer& answer) {
   const auto kernel = hstu_attention_sm80<Of>;
 #endif
   const int64_t grid = blocks(call.tokens, call.sequences, Of::kM);
-  const char* why = launch(kernel, static_cast<int>(grid), call.heads, Of::kThreads,
+  const char* why = launch(kernel, static_cast<int>(grid), call.heads * call.splits, Of::kThreads,
                            Of::kSharedBytes, stream, of);
+  if (!why && call.splits > 1) {
+    const int64_t pairs = call.tokens * call.heads * (kD / 2);
+    why = launch(hstu_attention_sum<T>, static_cast<int>((pairs + kSumThreads - 1) / kSumThreads),
+                 1, kSumThreads, 0, stream, parameters(call));
+  }
   return why ? answer(GR_CUDA_FAILED, "%s", why) : GR_CUDA_OK;
 }
 
@@ -99,9 +106,13 @@ int gr_cuda_hstu_attention(const GrHstuAttention* call, void* stream, char* mess
       call->sequences < 0 || call->sequences > most) {
     return answer(GR_CUDA_UNSUPPORTED, "more than 2^30 tokens, keys or sequences");
   }
-  if (call->heads < 0 || call->heads > 65535) {
-    return answer(GR_CUDA_UNSUPPORTED, "%d heads; expected at most 65535",
-                  static_cast<int>(call->heads));
+  if (call->splits < 1 || (call->splits > 1 && !call->workspace)) {
+    return answer(GR_CUDA_UNSUPPORTED, "%d splits; expected 1, or a workspace",
+                  static_cast<int>(call->splits));
+  }
+  if (call->heads < 0 || int64_t{call->heads} * call->splits > 65535) {
+    return answer(GR_CUDA_UNSUPPORTED, "%d heads in %d splits; expected at most 65535",
+                  static_cast<int>(call->heads), static_cast<int>(call->splits));
   }
   if (call->tokens == 0 || call->heads == 0) return GR_CUDA_OK;
   const gr::OnDevice device(call->device);

@@ -53,6 +53,9 @@ typedef struct GrHstuAttention {
   int64_t addresses_stride;  /* elements from a sequence's addresses to the next one's */
   int64_t layer_offset;      /* bytes from a block's begin to its K (heads, 32, columns), then V */
   float alpha, scale;        /* of scores; of sums: 1 / divisor */
+  int32_t splits;            /* how many blocks share the keys of a row: 1, or more where rows are few */
+  int32_t reserved;          /* 0 */
+  float *workspace;          /* null for one; else (splits, tokens, heads, columns), arbitrary */
 } GrHstuAttention;
 
 GR_CUDA_API int gr_cuda_abi_version(void);

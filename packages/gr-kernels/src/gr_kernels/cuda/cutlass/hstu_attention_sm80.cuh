@@ -32,26 +32,26 @@ GR_DEVICE void attend_sm80(const Parameters& of) {
   using T = typename Of::Type;
   constexpr int kD = Of::kColumns, kM = Of::kM, kN = Of::kN, kStages = Of::kStages;
   constexpr int kTiles = Of::kTiles, kPart = Of::kPart, kThreads = Of::kThreads;
-  const int head = block_y(), thread = thread_index();
+  const int head = block_y() / of.splits, split = block_y() % of.splits;
+  const int thread = thread_index();
   // The last rows of a history see the most keys: they begin first.
   const Rows rows = find_rows<kM>(of, grid_x() - 1 - block_x());
   if (rows.count <= 0) return;
-  if (rows.sequence < 0) return store_zeros<kD, kM, kThreads>(of, rows, head);
+  if (rows.sequence < 0) return store_zeros<kD, kM, kThreads>(of, rows, head, split);
   const Sequence<kD> sequence(of, rows.sequence, head);
   int begin, end;
   find_keys<kM>(of, rows, sequence.keys, begin, end);
-  begin = least(begin / kN * kN, end);
-  const int tiles = (end - begin + kN - 1) / kN;
+  const Range range = range_of<kN>(begin, end, split, of.splits);
 
   char* const memory = shared_memory();
   const auto k_tile = [&](int i) {
     return memory + Of::kQueryBytes + i % kStages * (2 * Of::kTileBytes);
   };
   const auto load = [&](int i) {
-    if (i < tiles) {
-      load_keys<kD, kN, kThreads>(k_tile(i), sequence.k, begin + i * kN, end, thread);
-      load_keys<kD, kN, kThreads>(k_tile(i) + Of::kTileBytes, sequence.v, begin + i * kN, end,
-                                  thread);
+    if (i < range.tiles) {
+      const int first = range.begin + i * kN;
+      load_keys<kD, kN, kThreads>(k_tile(i), sequence.k, first, end, thread);
+      load_keys<kD, kN, kThreads>(k_tile(i) + Of::kTileBytes, sequence.v, first, end, thread);
     }
     copy_commit();
   };
@@ -64,7 +64,7 @@ GR_DEVICE void attend_sm80(const Parameters& of) {
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) pair[t].find(of, rows, first_row + t * 16, sequence.keys);
   float sum[kTiles][kD / 8][4] = {};
-  for (int i = 0; i < tiles; ++i) {
+  for (int i = 0; i < range.tiles; ++i) {
     copy_wait<kStages - 2>();
     // Also: nobody computes with the tile that the next load overwrites any more.
     block_barrier();
@@ -99,7 +99,7 @@ GR_DEVICE void attend_sm80(const Parameters& of) {
       uint32_t weight[kTiles][kPart / 16][4];
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
-        weigh<T, kPart>(score[t], pair[t], begin + i * kN + part, of.alpha);
+        weigh<T, kPart>(score[t], pair[t], range.begin + i * kN + part, of.alpha);
         pack_weights<T, kPart>(score[t], weight[t]);
       }
 #pragma unroll
@@ -121,8 +121,8 @@ GR_DEVICE void attend_sm80(const Parameters& of) {
   copy_wait<0>();
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {
-    add_own_keys<T, kD>(sum[t], of, rows, sequence, pair[t], head);
-    store_sums<T, kD>(sum[t], of, rows, pair[t], head);
+    if (split == 0) add_own_keys<T, kD>(sum[t], of, rows, sequence, pair[t], head);
+    store_sums<T, kD>(sum[t], of, rows, pair[t], head, split);
   }
 }
 

@@ -128,11 +128,6 @@ struct Tiles {
   }
 };
 
-// The keys that some row of a block sees, in tiles.
-struct Range {
-  int begin, end, tiles;
-};
-
 template <class Of>
 GR_DEVICE void produce(const Sm90Parameters& all, const Tiles<Of>& tile, const Range& range,
                        const Sequence<Of::kColumns>& sequence, int head) {
@@ -153,7 +148,8 @@ GR_DEVICE void produce(const Sm90Parameters& all, const Tiles<Of>& tile, const R
 
 template <class Of>
 GR_DEVICE void consume(const Parameters& of, const Tiles<Of>& tile, const Range& range,
-                       const Rows& rows, const Sequence<Of::kColumns>& sequence, int head) {
+                       const Rows& rows, const Sequence<Of::kColumns>& sequence, int head,
+                       int split) {
   using T = typename Of::Type;
   constexpr int kD = Of::kColumns, kN = Of::kN, kStages = Of::kStages;
   const int group = thread_index() / Of::kGroup - 1, thread = thread_index() % Of::kGroup;
@@ -202,24 +198,23 @@ GR_DEVICE void consume(const Parameters& of, const Tiles<Of>& tile, const Range&
     wait_products<0>();
     settle(sum);
   }
-  add_own_keys<T, kD>(sum, of, rows, sequence, pair, head);
-  store_sums<T, kD>(sum, of, rows, pair, head);
+  if (split == 0) add_own_keys<T, kD>(sum, of, rows, sequence, pair, head);
+  store_sums<T, kD>(sum, of, rows, pair, head, split);
 }
 
 template <class Of>
 GR_DEVICE void attend_sm90(const Sm90Parameters& all) {
-  constexpr int kD = Of::kColumns, kM = Of::kM, kN = Of::kN;
+  constexpr int kD = Of::kColumns, kM = Of::kM;
   const Parameters& of = all.call;
-  const int head = block_y();
+  const int head = block_y() / of.splits, split = block_y() % of.splits;
   // The last rows of a history see the most keys: they begin first.
   const Rows rows = find_rows<kM>(of, grid_x() - 1 - block_x());
   if (rows.count <= 0) return;
-  if (rows.sequence < 0) return store_zeros<kD, kM, Of::kThreads>(of, rows, head);
+  if (rows.sequence < 0) return store_zeros<kD, kM, Of::kThreads>(of, rows, head, split);
   const Sequence<kD> sequence(of, rows.sequence, head);
-  Range range;
-  find_keys<kM>(of, rows, sequence.keys, range.begin, range.end);
-  range.begin = least(range.begin / kN * kN, range.end);
-  range.tiles = (range.end - range.begin + kN - 1) / kN;
+  int begin, end;
+  find_keys<kM>(of, rows, sequence.keys, begin, end);
+  const Range range = range_of<Of::kN>(begin, end, split, of.splits);
   const Tiles<Of> tile(shared_memory());
   if (thread_index() == 0) tile.init();
   block_barrier();
@@ -228,7 +223,7 @@ GR_DEVICE void attend_sm90(const Sm90Parameters& all) {
     produce<Of>(all, tile, range, sequence, head);
   } else {
     claim_registers<Of::kConsumerRegisters>();
-    consume<Of>(of, tile, range, rows, sequence, head);
+    consume<Of>(of, tile, range, rows, sequence, head, split);
   }
 }
 

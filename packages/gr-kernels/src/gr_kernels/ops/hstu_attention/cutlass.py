@@ -20,6 +20,13 @@ DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 COLUMNS = (64, 128, 256)
 PIECE = 16
 """Bytes of which q, k and v are loaded at once."""
+ROWS = 128
+"""Of queries in a block of the grid; fewer in some kernels."""
+LEAST_KEYS = 512
+"""Fewer keys are not worth a block of their own."""
+MOST_SPLITS = 8
+PAGE = 32
+"""Tokens of a block of cached keys."""
 
 
 def attend(
@@ -76,8 +83,12 @@ def attend_with(
     cached: CachedKeys | None = None,
     bias: TableBias | Tensor | None = None,
     out_THV: Tensor | None = None,
+    splits: int | None = None,
 ) -> Tensor:
-    """As `attend`, with a library of one's choice, wherever that computes."""
+    """As `attend`, with a library of one's choice, wherever that computes.
+
+    ``splits`` is how many blocks of the grid share the keys of a row, None as many as pay.
+    """
     if bias is not None:
         raise ValueError("bias is given; hstu_attention-cutlass has none")
     _check(q_THK, k_THK, v_THV)
@@ -125,6 +136,10 @@ def attend_with(
         setattr(call, f"{name}_head_stride", tensor.stride(1))
     if cached is not None:
         _add_cached(call, cached)
+    call.splits = _splits(q_THK, k_THK, call.sequences, cached) if splits is None else splits
+    if call.splits > 1:
+        workspace = q_THK.new_empty(call.splits * q_THK.numel(), dtype=torch.float32)
+        call.workspace = workspace.data_ptr()
     found.hstu_attention(call, _stream(q_THK))
     return out_THV
 
@@ -160,6 +175,19 @@ def hstu_attention(
         len(q_THK),
         bias=bias,
     )
+
+
+def _splits(q_THK: Tensor, k_SHK: Tensor, sequences: int, cached: CachedKeys | None) -> int:
+    """As many as give each multiprocessor a block, when rows are few and keys may be many.
+
+    Lengths are on the device; so a sequence is taken to have all keys that it could have.
+    """
+    if not q_THK.is_cuda:
+        return 1
+    grid = (len(q_THK) // ROWS + sequences) * q_THK.shape[1]
+    keys = len(k_SHK) + (0 if cached is None else cached.addresses_BM.shape[1] * PAGE)
+    there = torch.cuda.get_device_properties(q_THK.device).multi_processor_count
+    return max(1, min(there // max(1, grid), keys // LEAST_KEYS, MOST_SPLITS))
 
 
 def _check(q_THK: Tensor, k_SHK: Tensor, v_SHV: Tensor) -> None:
