@@ -422,6 +422,32 @@ def test_nothing_to_do(device: str):
         assert (module.hstu_attention(*call) == 0).all()
 
 
+@pytest.mark.gpu
+@not_interpreted
+def test_in_a_cuda_graph():
+    """So nothing waits for the device; other lengths may follow in the same tensors."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    rows = [torch.randn(90, 2, 64, device="cuda") for _ in range(3)]
+    offsets = torch.tensor([0, 40, 90], device="cuda")
+    low = torch.zeros(90, device="cuda").int()
+    own = torch.cat([torch.arange(40), torch.arange(50)]).int().cuda()
+    pairs = torch.randn(90 * 90, device="cuda")
+
+    def call() -> Tensor:
+        tensors = (*rows, offsets, offsets, low, own, own)
+        return module.attend(*tensors, ALPHA, DIVISOR, 90, bias=pairs)
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = call()
+    offsets.copy_(torch.tensor([0, 1, 90]))
+    own.copy_(torch.cat([torch.arange(1), torch.arange(89)]))
+    graph.replay()
+    torch.testing.assert_close(found, call())
+
+
 @pytest.mark.slow
 @not_interpreted
 @pytest.mark.timeout(600)

@@ -414,7 +414,7 @@ def attend(
             0, left, right, lowest, full_from, full_to, highest, own_ptr, own_rows, N
         )
         next_N = block_of(next_place_N, next_place_N >= 0, count, address_ptr, CACHED)
-        for step in range(0, left + right + tl.where(any_apart, M, 0), N):
+        for step in range(0, left + right + tl.where(any_apart, own_rows, 0), N):
             place_N = next_place_N
             address_N = next_N
             first = next_first
