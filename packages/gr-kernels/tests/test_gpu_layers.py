@@ -25,6 +25,7 @@ from gr_kernels import tuning
 from gr_kernels.benchmark.dense import dense_mask
 from gr_kernels.benchmark.gpu import layers, report, suite, tuned
 from gr_kernels.benchmark.gpu.attention import AttentionPoint, plain_attention
+from gr_kernels.benchmark.gpu.device import found_by_nvidia_smi
 from gr_kernels.benchmark.gpu.from_host import FIRST, OVERLAPPED, break_even
 from gr_kernels.benchmark.gpu.layers import (
     ANEW,
@@ -64,7 +65,13 @@ from gr_kernels.tune import Case as TuneCase
 
 from .late_copies import LateCache
 from .stacks import random_stack
-from .triton_kernels import device_for, needs_triton, not_interpreted, run_on_the_interpreter
+from .triton_kernels import (
+    INTERPRETED,
+    device_for,
+    needs_triton,
+    not_interpreted,
+    run_on_the_interpreter,
+)
 
 QUICK = Settings(rounds=2, slice_ms=0.01, most_runs=2, warm_ups=1, wall_runs=1)
 NOWHERE = np.empty(0, np.uintp)
@@ -488,6 +495,22 @@ def test_targets_are_judged_by_what_is_fastest_and_right():
     assert first[2:] == second[2:] == ("", "")
 
 
+def test_what_nvidia_smi_tells_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert found_by_nvidia_smi("1-2") == {}  # there is none
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        '#!/bin/sh\n[ "$1" = --id=GPU-1-2 ] || exit 6\n'
+        "echo 580.1, 1980 MHz, 1981 MHz, 2619 MHz, 700.00 W, 31\n"
+    )
+    program.chmod(0o755)
+    told = found_by_nvidia_smi("1-2")
+    assert (told["driver"], told["SM clock"], told["power limit"]) == (
+        *("580.1", "1980 MHz", "700.00 W"),
+    )
+    assert found_by_nvidia_smi("3") == {}  # it fails
+
+
 # ── The real sides ───────────────────────────────────────────────────────────────────────────────
 
 TINY = Plan(
@@ -536,6 +559,23 @@ def test_all_sides_agree(device: PlayedDevice):
     assert f"- {COMPILED}: RuntimeError" in page
     raw = json.loads(report.json_text(outcome))
     assert raw["series"]["stack"][0]["point"]["histories"] == [9, 3]
+
+
+@needs_triton
+@pytest.mark.gpu
+def test_all_sides_agree_on_a_gpu():
+    if INTERPRETED or not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    from gr_kernels.benchmark.gpu.device import CudaDevice
+
+    outcome = suite.run(replace(TINY, sets=2), CudaDevice(), replace(QUICK, wall_runs=2))
+    assert not outcome.red
+    assert not outcome.broken
+    assert outcome.machine["GPU"] == torch.cuda.get_device_name(0)
+    for case in outcome.cases:
+        assert all(side.ms for side in case.sides if side.kind in (Kind.OURS, Kind.PLAIN)
+                   and not side.skipped)  # fmt: skip
+    assert report.as_markdown(outcome)
 
 
 class Damaged(Ops):

@@ -22,6 +22,8 @@ from gr_kernels.tuning import power_of_two
 PLAIN = "torch"
 FLASH, CUDNN = "softmax, FlashAttention of torch", "softmax, cuDNN"
 OP = "hstu_cached_attention"
+_SCORES = 2**29
+"""That plain PyTorch has in memory at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +85,19 @@ class AttentionWork:
 
 
 def plain_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, of: AttentionPoint) -> Tensor:
-    """HSTU's attention with all scores of a sequence in memory, one sequence after another."""
+    """HSTU's attention with all scores in memory, of as many sequences at once as is sensible."""
     out_THK = torch.empty_like(q_THK)
-    for start in range(0, len(q_THK), of.length):
-        rows = slice(start, start + of.length)
-        q_HLK, k_HLK, v_HLK = (x[rows].transpose(0, 1) for x in (q_THK, k_THK, v_THK))
-        score_HLL = (q_HLK @ k_HLK.transpose(1, 2)).mul_(of.alpha)
-        score_HLL = F.silu(score_HLL, inplace=True).tril_()
-        out_THK[rows] = (score_HLL @ v_HLK).mul_(1 / of.length).transpose(0, 1)
+    together = max(1, _SCORES // (of.heads * of.length**2))
+    for first in range(0, of.sequences, together):
+        rows = slice(first * of.length, (first + together) * of.length)
+        q_BHLK, k_BHLK, v_BHLK = (
+            x[rows].view(-1, of.length, of.heads, of.columns).transpose(1, 2)
+            for x in (q_THK, k_THK, v_THK)
+        )
+        score_BHLL = (q_BHLK @ k_BHLK.transpose(2, 3)).mul_(of.alpha)
+        score_BHLL = F.silu(score_BHLL, inplace=True).tril_()
+        a_BHLK = (score_BHLL @ v_BHLK).mul_(1 / of.length)
+        out_THK[rows] = a_BHLK.transpose(1, 2).flatten(0, 1)
     return out_THK
 
 

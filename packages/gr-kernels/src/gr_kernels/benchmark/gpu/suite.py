@@ -119,8 +119,11 @@ def run(
     outcome.ceilings = measure_ceilings(
         device, settings.rounds, size=plan.matrix, copied=plan.copied
     )
-    if HOST in only:
-        outcome.host_gb_per_s = device.host_copies() / 1e9
+    if HOST in only and plan.host:
+        try:
+            outcome.host_gb_per_s = device.host_copies() / 1e9
+        except Exception as error:
+            outcome.broken.append(f"copies from the host: {explained(error)}")
     with _told(outcome.chosen):
         _run(plan, device, only, advance, tell, outcome)
     outcome.machine_after = dict(device.describe())
