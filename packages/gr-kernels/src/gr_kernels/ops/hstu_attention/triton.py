@@ -2,8 +2,9 @@
 
 Nothing is copied to the host and nothing waits, so a call can be part of a CUDA graph; in exchange,
 numbers out of range are not seen. Sums are in float32; products of float32 are of three products of
-TF32 each, which is as good as float32 up to a few last bits. Thresholds of a `TableBias` have to be
-those of buckets of log(seconds) / 0.301.
+TF32 each, which is as good as float32 up to a few last bits. SiLU of bfloat16 and float16 is of the
+GPU's approximate tanh, which is off by 2^-11 of itself at most (PTX ISA): no more than what float16
+rounds away. Thresholds of a `TableBias` have to be those of buckets of log(seconds) / 0.301.
 
 Shapes as in `gr_kernels.ops.hstu_attention.on_device`.
 """
@@ -219,7 +220,7 @@ def attend(
             CACHED=cached is not None,
             K_ALIGNED=_aligned(k_SHK),
             V_ALIGNED=_aligned(v_SHV),
-            TANH=q_THK.is_cuda and q_THK.dtype == torch.bfloat16,
+            TANH=q_THK.is_cuda and q_THK.dtype != torch.float32,
             **launch,
         )
     return out_THV

@@ -24,7 +24,7 @@ ONE_BITS = tl.constexpr(0x3F800000)
 
 @triton.jit
 def silu(x, TANH: tl.constexpr):
-    """x·sigmoid(x); with TANH of one special function instead of two, 2^-11 off at most."""
+    """x·sigmoid(x); with TANH of one special function, an approximate one, instead of two."""
     if TANH:
         half = 0.5 * x
         tanh = tl.inline_asm_elementwise(
