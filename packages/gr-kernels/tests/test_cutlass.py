@@ -289,6 +289,64 @@ def test_no_tokens_are_no_launch(machine: Machine):
     assert found.shape == x.shape
 
 
+@pytest.mark.gpu
+class TestOnADevice:
+    """What only a real one has."""
+
+    @pytest.fixture(autouse=True)
+    def needs_library(self) -> None:
+        ok, reason = library.probe()
+        if not ok:
+            pytest.skip(reason)
+
+    def test_in_a_cuda_graph(self):
+        """So nothing waits for the device; other lengths may follow in the same tensors."""
+        rows = [torch.randn(90, 2, 64, device="cuda").bfloat16() for _ in range(3)]
+        offsets = torch.tensor([0, 40, 90], device="cuda")
+        low, high, own = (x.cuda() for x in causal(90))
+        high.clamp_(max=40)
+        own.fill_(-1)
+
+        def call() -> Tensor:
+            return cutlass.attend(*rows, offsets, offsets, low, high, own, 0.125, 7.0, 90)  # type: ignore[arg-type]
+
+        call()  # loads the kernel, which a graph cannot
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = call()
+        offsets.copy_(torch.tensor([0, 50, 90]))
+        graph.replay()
+        torch.testing.assert_close(found, call(), rtol=0, atol=0)
+
+    def test_the_stream_is_the_current_one(self):
+        rows = [torch.zeros(4096, 4, 128, device="cuda").bfloat16() for _ in range(3)]
+        offsets = torch.tensor([0, 4096], device="cuda")
+        sees = [x.cuda() for x in causal(4096)]
+        other = torch.cuda.Stream()
+        other.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(other):
+            for _ in range(20):
+                rows[0].normal_(), rows[1].normal_(), rows[2].normal_()
+                found = cutlass.hstu_attention(*rows, offsets, offsets, *sees, 0.09, 4096.0)  # type: ignore[arg-type]
+        other.synchronize()
+        right = reference.hstu_attention(
+            *(x.float() for x in rows),  # type: ignore[arg-type]
+            offsets,
+            offsets,
+            *sees,
+            0.09,
+            4096.0,
+        )
+        assert float((found.float() - right).norm() / right.norm()) < 1e-2
+
+    def test_few_rows_against_many_keys_are_shared(self):
+        users = [User(5000, causal(4990, 10, start=4980), stored=4900)]
+        there = Machine(library.library_of(torch.cuda.current_device()), "cuda")
+        for columns in cutlass.COLUMNS:
+            error, allowed = compute(there, users, columns, torch.bfloat16)
+            assert error <= allowed
+
+
 class TestRefusals:
     """What there is no kernel for is named before anything is launched."""
 
