@@ -117,12 +117,12 @@ struct Tiles {
     v_free = k_free + Of::kStages;
   }
 
-  GR_DEVICE void init() const {
+  GR_DEVICE void init(int consumers) const {
     for (int stage = 0; stage < Of::kStages; ++stage) {
       barrier_init(k_full[stage], Of::kGroup);
       barrier_init(v_full[stage], Of::kGroup);
-      barrier_init(k_free[stage], Of::kConsumers * 4);  // one of each warp
-      barrier_init(v_free[stage], Of::kConsumers * 4);
+      barrier_init(k_free[stage], consumers * 4);  // one of each warp
+      barrier_init(v_free[stage], consumers * 4);
     }
     barriers_ready();
   }
@@ -216,12 +216,14 @@ GR_DEVICE void attend_sm90(const Sm90Parameters& all) {
   find_keys<kM>(of, rows, sequence.keys, begin, end);
   const Range range = range_of<Of::kN>(begin, end, split, of.splits);
   const Tiles<Of> tile(shared_memory());
-  if (thread_index() == 0) tile.init();
+  // A warp group without rows leaves the tensor cores to the other one.
+  const int consumers = least(Of::kConsumers, (rows.count + 63) / 64);
+  if (thread_index() == 0) tile.init(consumers);
   block_barrier();
   if (thread_index() < Of::kGroup) {
     release_registers<Of::kProducerRegisters>();
     produce<Of>(all, tile, range, sequence, head);
-  } else {
+  } else if (thread_index() / Of::kGroup <= consumers) {
     claim_registers<Of::kConsumerRegisters>();
     consume<Of>(of, tile, range, rows, sequence, head, split);
   }
