@@ -6,6 +6,7 @@ and `.late_copies`. No figure of theirs means anything.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +24,8 @@ from torch import Tensor
 from gr_core.errors import PlanError
 from gr_kernels import tuning
 from gr_kernels.benchmark.dense import dense_mask
-from gr_kernels.benchmark.gpu import layers, report, suite, tuned
+from gr_kernels.benchmark.gpu import device as gpu_device
+from gr_kernels.benchmark.gpu import layers, report, suite, tables, tuned
 from gr_kernels.benchmark.gpu.attention import AttentionPoint, plain_attention
 from gr_kernels.benchmark.gpu.device import found_by_nvidia_smi
 from gr_kernels.benchmark.gpu.from_host import FIRST, OVERLAPPED, break_even
@@ -616,6 +618,66 @@ def test_graphs_that_are_not_replayed_do_not_pass_for_it(
     replayed = case.side(REPLAYED)
     assert replayed is not None
     assert "no graph was replayed" in replayed.skipped
+
+
+# ── The script ───────────────────────────────────────────────────────────────────────────────────
+
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "gpu_layers.py"
+
+
+@pytest.fixture
+def script() -> Any:
+    if not SCRIPT.exists():
+        pytest.skip("is not in this checkout")
+    spec = importlib.util.spec_from_file_location("gpu_layers", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_says_what_it_needs(
+    script: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert script.main(["--quick"]) == 2
+    assert "sees no CUDA device" in capsys.readouterr().err
+    for wrong in (["--rounds", "-1"], ["--only", "everything"]):
+        with pytest.raises(SystemExit):
+            script.main(wrong)
+
+
+@needs_triton
+@pytest.mark.parametrize("damaged", [False, True])
+def test_the_script_measures_and_writes(
+    script: Any,
+    damaged: bool,
+    device: PlayedDevice,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setattr(script, "unusable", lambda number: "")
+    monkeypatch.setattr(gpu_device, "CudaDevice", lambda number: device)
+    small = replace(TINY, stack=(), returning=(), host=(), attention=(), topk=())
+    monkeypatch.setattr(suite, "QUICK", small)
+    if damaged:
+        gather = tables.TritonEmbeddingGather.__call__
+
+        def wrong(self: Any, ids: Tensor, places: Any, out: Tensor) -> Tensor:
+            return gather(self, ids, places, out).mul_(1.01)
+
+        monkeypatch.setattr(tables.TritonEmbeddingGather, "__call__", wrong)
+    json_file, page = tmp_path / "new" / "out.json", tmp_path / "out.md"
+    arguments = ["--quick", "--rounds", "1", "--json", str(json_file), "--markdown", str(page)]
+    assert script.main(arguments) == int(damaged)
+    raw = json.loads(json_file.read_text())
+    [case] = raw["series"]["tables"]
+    ours, plain = case["sides"]
+    assert (ours["wrong"], plain["faster"] is None) == (damaged, damaged)
+    assert ("**Parity is red**" in page.read_text()) == damaged
+    assert ("wrong: 3 tables of 20 x 16" in capsys.readouterr().err) == damaged
 
 
 @pytest.mark.slow
