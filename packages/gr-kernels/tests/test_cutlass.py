@@ -5,6 +5,10 @@ See `.cutlass_emulated` for what is emulated. `test_cutlass_library` has how it 
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +81,7 @@ def compute(
     offsets: torch.dtype = torch.int64,
     is_one_projection: bool = False,
     splits: int | None = None,
+    is_guarded: bool = False,
     seed: int = 0,
 ) -> tuple[float, float]:
     """The relative error of a call, and that which is allowed.
@@ -84,6 +89,10 @@ def compute(
     All that must not be read is NaN: rows of no sequence, the rest of blocks, other layers. Rows of
     no sequence must be zero in the result.
     """
+
+    def put(x: Tensor) -> Tensor:
+        return guarded(x) if is_guarded else x.to(machine.device)
+
     generator = torch.Generator().manual_seed(seed)
     queries = [len(user.sees.low_T) for user in users]
     shapes = {"q": sum(queries), "k": sum(u.keys for u in users), "v": sum(u.keys for u in users)}
@@ -99,7 +108,7 @@ def compute(
     right = reference.hstu_attention(*(x.double() for x in values.values()), *given)
     plain = reference.hstu_attention(*values.values(), *given)
 
-    pages = blocks(users, values["k"], values["v"], key_ends, machine.device)
+    pages = blocks(users, values["k"], values["v"], key_ends, put)
     kept = torch.cat(
         [
             torch.arange(int(key_ends[b]) + user.stored, int(key_ends[b + 1]))
@@ -119,22 +128,20 @@ def compute(
         uvqk = uvqk.to(machine.device)
         padded = {name: uvqk[: len(x), i] for i, (name, x) in enumerate(padded.items())}
     left = torch.tensor([0, *(user.keys - user.stored for user in users)]).cumsum(0)
-    low, high, own = (
-        torch.nn.functional.pad(column, (padding, padding)).to(machine.device) for column in sees
-    )
+    low, high, own = (put(torch.nn.functional.pad(column, (padding, padding))) for column in sees)
     out = torch.full((len(padded["q"]), HEADS, columns), float("nan"), dtype=dtype)
     found = cutlass.attend_with(
         machine.library,
-        *(x.to(machine.device) for x in padded.values()),  # type: ignore[arg-type]
-        (query_ends + padding).to(machine.device, offsets),
-        (left + padding).to(machine.device, offsets),
+        *(x if is_one_projection else put(x) for x in padded.values()),  # type: ignore[arg-type]
+        put((query_ends + padding).to(offsets)),
+        put((left + padding).to(offsets)),
         low,
         high,
         own,
         *numbers,
         max(queries, default=0),
         cached=pages.cached if any(user.stored for user in users) else None,
-        out_THV=out.to(machine.device),
+        out_THV=put(out),
         splits=splits,
     ).cpu()
     assert not found[:padding].any()
@@ -152,7 +159,13 @@ class Blocks:
     cached: CachedKeys
 
 
-def blocks(users: list[User], k: Tensor, v: Tensor, key_ends: Tensor, device: str) -> Blocks:
+def blocks(
+    users: list[User],
+    k: Tensor,
+    v: Tensor,
+    key_ends: Tensor,
+    put: Callable[[Tensor], Tensor],
+) -> Blocks:
     """Each user's stored keys in the middle one of three layers, blocks in a shuffled order."""
     heads, columns = k.shape[1:]
     counts = [user.stored for user in users]
@@ -167,15 +180,28 @@ def blocks(users: list[User], k: Tensor, v: Tensor, key_ends: Tensor, device: st
             tokens = slice(int(key_ends[b]) + i, int(key_ends[b]) + min(i + PAGE, count))
             page[0, :, : min(PAGE, count - i)] = k[tokens].transpose(0, 1)
             page[1, :, : min(PAGE, count - i)] = v[tokens].transpose(0, 1)
-    memory = memory.to(device)
+    memory = put(memory)
     layer = memory.stride(1) * memory.element_size()
     addresses = memory.data_ptr() + order.view(-1, most) * (3 * layer)
     return Blocks(
         memory,
-        CachedKeys(
-            addresses.to(device), torch.tensor(counts, dtype=torch.int32, device=device), layer
-        ),
+        CachedKeys(put(addresses), put(torch.tensor(counts, dtype=torch.int32)), layer),
     )
+
+
+def guarded(x: Tensor) -> Tensor:
+    """A copy with memory behind it that nobody may touch: the process would end."""
+    if not x.numel():
+        return x
+    size = x.numel() * x.element_size()
+    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    assert libc.mprotect(start + pages, mmap.PAGESIZE, 0) == 0
+    flat = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=pages - size)
+    return flat.view(x.shape).copy_(x)
 
 
 @pytest.mark.parametrize("columns", cutlass.COLUMNS)
@@ -251,6 +277,23 @@ def test_blocks_that_share_the_keys_of_a_row(machine: Machine, splits: int, colu
         User(5, arbitrary(1, 3, 5)),
     ]
     error, allowed = compute(machine, users, columns, torch.float16, splits=splits)
+    assert error <= allowed
+
+
+@pytest.mark.parametrize("columns", [64, 256])
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.skipif(sys.platform == "win32", reason="needs mprotect")
+def test_nothing_behind_a_tensor_is_touched(machine: Machine, splits: int, columns: int):
+    if machine.device == "cuda":
+        pytest.skip("compute-sanitizer tells on a device")
+    users = [
+        User(70, arbitrary(1, 20, 70), stored=33),
+        User(131, causal(130, 1), stored=1),
+        User(5, causal(5)),
+    ]
+    error, allowed = compute(
+        machine, users, columns, torch.bfloat16, padding=0, splits=splits, is_guarded=True
+    )
     assert error <= allowed
 
 
