@@ -331,6 +331,18 @@ class TestOffer:
         file.write_text("another")
         assert library.usable(hopper, DEVICE)[0] == older
 
+    def test_outcomes_of_a_folder_that_cannot_be_written_are_the_users(
+        self, nvcc: Nvcc, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        quick(nvcc)
+        file = library.build("sm_90a", tmp_path / "out")
+        monkeypatch.setenv(library.FOLDER_VARIABLE, str(tmp_path / "out"))
+        # Root may write anywhere; so the question itself is answered here.
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+        library.record(file, DEVICE, "")
+        assert left_in(folder) == [f"{file.stem}.{DEVICE}.json"]
+        assert library.usable((9, 0), DEVICE)[0] == file
+
     def test_what_devices_run(self):
         assert library.architectures((7, 5)) == ()
         assert library.architectures((8, 6)) == ("sm_80",)
@@ -374,6 +386,11 @@ class TestCommand:
         assert isinstance(done.exception, GrError)
         done = CliRunner().invoke(kernels, ["list", "--op", "nothing"])
         assert "there is no op 'nothing'; there are: " in str(done.exception)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+    def test_a_test_needs_a_device(self):
+        done = CliRunner().invoke(kernels, ["test"])
+        assert "there is no CUDA device that torch can use" in str(done.exception)
 
     def test_list(self):
         done = CliRunner().invoke(kernels, ["list", "--op", "hstu_attention", "--json"])

@@ -105,6 +105,25 @@ def build(wanted: tuple[str, ...], out: Path | None) -> None:
         raise GrError("; ".join(failures))
 
 
+@kernels.command(name="test")
+def test() -> None:
+    """Test the kernels in CUDA C++ that were built, on the CUDA device, without building any.
+
+    For libraries that came from another machine, see ``GR_CUDA_LIBRARIES``.
+    """
+    from gr_kernels.cuda import library
+
+    capability = _capability()
+    if capability is None:
+        raise UserError("there is no CUDA device that torch can use")
+    found = {one: library.find(one) for one in library.architectures(capability)}
+    files = [file for file in found.values() if file is not None]
+    if not files:
+        raise UserError(f"not built for {' or '.join(found)}; run `gr kernels build`")
+    if failures := [failure for file in files for failure in _test(file)]:
+        raise GrError("; ".join(failures))
+
+
 def _test(file: Path) -> list[str]:
     """Runs the self-test on the current device and keeps how it went; what failed, if anything."""
     from gr_kernels import tuning

@@ -275,6 +275,8 @@ def build(
 def _compile(architecture: str, tools: Toolchain, file: Path, report: Callable[[str], None]) -> str:
     """Returns what the compiler has said. Raises `GrError` where it fails."""
     command = [str(tools.nvcc), *FLAGS, *ARCHITECTURES[architecture], f"-I{tools.headers}"]
+    # Where nvcc of NVIDIA's wheels does not look for what it links.
+    command += [f"-L{tools.nvcc.resolve().parents[1] / name}" for name in ("lib64", "lib")]
     command += [str(SOURCES / "gr_cuda.cu"), "-o", str(file)]
     report(f"{architecture}: compiling with nvcc {tools.version} and CUTLASS {tools.cutlass}")
     # In a session of its own, so that what nvcc starts ends with it; its files go where ours do.
@@ -352,30 +354,38 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _outcome_file(file: Path, device: str) -> Path:
-    return file.with_name(f"{file.stem}.{device}.json")
-
-
 def record(file: Path, device: str, failure: str) -> None:
-    """Keeps how the self-test went on a device; an empty ``failure`` is a success."""
-    outcome = {"sha256": _sha256(file), "failure": failure}
+    """Keeps how the self-test went on a device; an empty ``failure`` is a success.
+
+    Beside the library, or in the user's folder where nothing can be written beside it.
+    """
+    place = file.parent
+    if not os.access(place, os.W_OK):
+        place = folder()
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.NamedTemporaryFile(
-        "w", dir=file.parent, prefix=".outcome-", delete=False, encoding="utf-8"
+        "w", dir=place, prefix=".outcome-", delete=False, encoding="utf-8"
     ) as stream:
-        json.dump(outcome, stream, indent=1)
-    os.replace(stream.name, _outcome_file(file, device))
+        json.dump({"sha256": _sha256(file), "failure": failure}, stream, indent=1)
+    os.replace(stream.name, place / _outcome_name(file, device))
+
+
+def _outcome_name(file: Path, device: str) -> str:
+    return f"{file.stem}.{device}.json"
 
 
 def outcome(file: Path, device: str) -> tuple[bool, str]:
     """Whether a library has passed its self-test on a device, by the name of `tuning`."""
+    name = _outcome_name(file, device)
+    places = [place / name for place in (file.parent, folder()) if (place / name).exists()]
     try:
-        raw: Any = json.loads(_outcome_file(file, device).read_text(encoding="utf-8"))
+        raw: Any = json.loads(places[0].read_text(encoding="utf-8"))
         failure = str(raw["failure"])
         is_current = raw["sha256"] == _sha256(file)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError):
         is_current, failure = False, ""
     if not is_current:
-        return False, f"{file.name} was never tested on {device}; run `gr kernels build`"
+        return False, f"{file.name} was never tested on {device}; run `gr kernels test`"
     if failure:
         return False, f"{file.name} failed its self-test on {device}: {failure}"
     return True, f"{file.name} passed its self-test on {device}"
