@@ -532,7 +532,7 @@ def test_configurations_are_what_products_take(d_qk: int, d_v: int, dtype: str):
     """tl.dot wants powers of two, from 16 on."""
     for queries in (1, 16, 64, 4096):
         sizes = {"d_qk": d_qk, "d_v": d_v, "queries": queries}
-        found = module.CONFIGURATIONS(dtype, sizes)
+        found = module.configurations(dtype, sizes)
         assert len(found) > 1
         assert all(found.count(one) == 1 for one in found)
         for one in found:
@@ -568,6 +568,6 @@ def test_what_it_does_not_compute_is_refused():
 def test_a_device_with_little_shared_memory(monkeypatch: pytest.MonkeyPatch):
     sizes = {"d_qk": 256, "d_v": 256, "queries": 4096}
     monkeypatch.setattr(module, "_device", lambda: (89, 99 * 1024))
-    assert module.CONFIGURATIONS("bfloat16", sizes)[0]["M"] == 64
+    assert module.configurations("bfloat16", sizes)[0]["M"] == 64
     monkeypatch.setattr(module, "_device", lambda: (75, 8 * 1024))
-    assert module.CONFIGURATIONS("bfloat16", sizes)[0]["M"] == 16
+    assert module.configurations("bfloat16", sizes)[0]["M"] == 16

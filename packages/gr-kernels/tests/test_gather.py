@@ -17,8 +17,8 @@ from gr_core.tokens import TokenTables
 from gr_kernels.ops.embedding_gather import Combine
 from gr_kernels.ops.embedding_gather.reference import TorchEmbeddingGather
 from gr_kernels.ops.embedding_gather.triton import (
-    CONFIGURATIONS,
     TritonEmbeddingGather,
+    configurations,
 )
 
 from .triton_kernels import (
@@ -291,7 +291,7 @@ class TestTriton:
 @pytest.mark.parametrize("tokens", [1, 8, 4096])
 @pytest.mark.parametrize("width", [1, 50, 512, 8192])
 def test_launches_to_try(tokens: int, width: int):
-    launches = CONFIGURATIONS("float32", {"tokens": tokens, "width": width})
+    launches = configurations("float32", {"tokens": tokens, "width": width})
     for launch in launches:
         assert launch["M"] * launch["C"] <= 4096
         assert launch["M"] & (launch["M"] - 1) == launch["C"] & (launch["C"] - 1) == 0

@@ -235,7 +235,7 @@ def test_what_the_layers_launch_is_what_is_tuned(tmp_path: Path, monkeypatch: py
     steps: list[str] = []
     assert tuned.tune(cases, lambda run: 7.0, steps.append) == len(rows) == len(steps)
     assert tuning.measured(kernel.name, "bfloat16", {"rows": rows[0]}) == 7.0
-    assert tuned.tune(cases, lambda run: 7.0) == 0  # all are there
+    assert tuned.tune(cases, lambda run: 7.0, steps.append) == 0  # all are there
     tuning.forget()
 
 

@@ -19,7 +19,7 @@ from gr_core.testing.kernels import FLOOR, SLACK
 from gr_kernels.ops.hstu_output import triton as in_triton
 from gr_kernels.ops.hstu_output.reference import hstu_output
 from gr_kernels.ops.hstu_output.triton import (
-    CONFIGURATIONS,
+    configurations,
     hstu_output_fused,
     hstu_output_product,
 )
@@ -223,7 +223,7 @@ def test_kernels_leave_float64_to_the_reference(op: Callable[..., None]):
 def test_configurations_are_what_products_take(rows: int, dtype: str):
     """tl.dot wants powers of two, from 16 on; and the default is among what is tried, first."""
     sizes = {"rows": rows, "columns": 1536, "width": 512}
-    found = CONFIGURATIONS(dtype, sizes)
+    found = configurations(dtype, sizes)
     assert found[0] == in_triton.default(dtype, sizes)
     assert all(found.count(one) == 1 for one in found)
     assert {one["NORM"] for one in found} <= set(Norm)

@@ -19,8 +19,8 @@ from gr_core.testing.kernels import FLOOR, SLACK
 from gr_kernels.ops.hstu_projection import triton as in_triton
 from gr_kernels.ops.hstu_projection.reference import hstu_projection
 from gr_kernels.ops.hstu_projection.triton import (
-    CONFIGURATIONS,
     Norm,
+    configurations,
     hstu_projection_fused,
     hstu_projection_product,
 )
@@ -187,7 +187,7 @@ def test_kernels_leave_float64_to_the_reference(op: Callable[..., Tensor]):
 def test_configurations_are_what_products_take(rows: int, dtype: str):
     """tl.dot wants powers of two, from 16 on; and the default is among what is tried, first."""
     sizes = {"rows": rows, "columns": 2048, "width": 512}
-    found = CONFIGURATIONS(dtype, sizes)
+    found = configurations(dtype, sizes)
     assert found[0] == in_triton.default(dtype, sizes)
     assert all(found.count(one) == 1 for one in found)
     assert {one["NORM"] for one in found} <= set(Norm)

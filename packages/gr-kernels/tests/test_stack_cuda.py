@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,8 @@ from .stacks import Request, equations, random_request, random_stack, run_whole
 from .test_stack_reference import KINDS, VARIANTS, error
 from .triton_kernels import (
     DEVICES,
+    SHARED_BYTES,
+    Recorded,
     device_for,
     needs_triton,
     not_interpreted,
@@ -256,6 +259,27 @@ def test_what_does_not_fit_together_is_refused(device: str):
     runner.close()
     with pytest.raises(ValueError, match="closed"):
         runner.run(x_TD, [request.segment(blocks, 0, 41)])
+
+
+@not_interpreted
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_it_keeps_tokens_with_compiles(
+    dtype: str,
+    capability: int,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """For heads as models have them, it moves 16 bytes at a time."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+    stack = CudaStack(random_stack(d_model=64, d_qk=32, d_v=64), dtype, device="cpu", ops=Chosen())
+    recorded = stack._kernels = Recorded(stack._kernels)  # type: ignore[assignment]
+    kv_TW = torch.zeros(40, 2 * (32 + 64), dtype=stack._dtype)
+    v_TF, k_TF = kv_TW.split([128, 64], dim=1)
+    on = {"block_T": torch.zeros(40, dtype=torch.int64), "place_T": torch.zeros(40).int()}
+    stack._store(1, k_TF.unflatten(1, (2, -1)), v_TF.unflatten(1, (2, -1)), on)
+    ptx = recorded.launches["store_tokens"].compile(capability).asm["ptx"]
+    assert re.search(r"st\.global\.v4\.b32", ptx)
 
 
 @pytest.mark.slow

@@ -267,7 +267,7 @@ class TestTriton:
     ):
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         sizes = {"group": 128, "users": min(users, 256), "width": 512}
-        launches = in_triton.CONFIGURATIONS(str(dtype).removeprefix("torch."), sizes)
+        launches = in_triton.configurations(str(dtype).removeprefix("torch."), sizes)
         assert len(launches) >= 4
         for launch in launches:
             monkeypatch.setattr(in_triton, "configuration", lambda *of, launch=launch: launch)

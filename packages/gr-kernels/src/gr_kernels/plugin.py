@@ -53,7 +53,7 @@ def gr_register_commands() -> Iterable[CommandDescriptor]:
         CommandDescriptor(
             name="kernels",
             factory="gr_kernels.kernels_command:kernels",
-            summary="Kernels of this machine: list, build, tune",
+            summary="Kernels of this machine: list, build, test, tune",
         ),
     ]
 

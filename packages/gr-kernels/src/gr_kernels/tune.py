@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class Case:
         if not self.kernel.name.endswith("-triton"):
             return [{}]
         module = import_module(self.kernel.factory.partition(":")[0])
-        found: Sequence[Mapping[str, int]] = module.CONFIGURATIONS(self.dtype, self.sizes)
+        found: Sequence[Mapping[str, int]] = module.configurations(self.dtype, self.sizes)
         return found
 
 
@@ -132,6 +133,37 @@ def best(case: Case, timer: Timer) -> Entry | None:
         if found is None or took < found.microseconds:
             found = Entry(case.kernel.name, case.dtype, dict(case.sizes), dict(config), took)
     return found
+
+
+def complete(
+    path: Path,
+    wanted: Iterable[Case],
+    timer: Timer,
+    report: Callable[[str], None],
+    *,
+    again: bool = False,
+) -> int:
+    """Measures what a table does not have yet, or with ``again`` all; how many entries that made.
+
+    The file is written after each, so what is stopped goes on where it was.
+    """
+    found = {}
+    if path.exists():
+        found = {entry.key: entry for entry in tuning.parse(path.read_text(encoding="utf-8"))}
+    todo = {case.key: case for case in wanted if again or case.key not in found}
+    made = 0
+    for number, (key, case) in enumerate(todo.items(), 1):
+        sizes = ", ".join(f"{name} {size}" for name, size in case.sizes.items())
+        label = f"[{number}/{len(todo)}] {case.kernel.name} {case.dtype}, {sizes}"
+        entry = best(case, timer)
+        if entry is None:
+            report(f"{label}: does not run")
+            continue
+        found[key], made = entry, made + 1
+        tuning.write(path, list(found.values()))
+        report(f"{label}: {entry.microseconds:.0f} µs {dict(entry.config)}")
+    tuning.forget()
+    return made
 
 
 def _is_resources(error: Exception) -> bool:

@@ -46,13 +46,10 @@ def tune(
     import torch
 
     from gr_kernels import tuning
-    from gr_kernels.tune import best, cases, cuda_timer
+    from gr_kernels.tune import cases, complete, cuda_timer
 
     torch.cuda.set_device(torch.device(device))
     path = out or tuning.user_folder() / f"{tuning.device_name()}.json"
-    found = {}
-    if path.exists():
-        found = {e.key: e for e in tuning.parse(path.read_text(encoding="utf-8"))}
     todo = []
     for section in setup.models(names):
         bundle = setup.repository.bundle(section.name)
@@ -67,18 +64,6 @@ def tune(
             model.close()
         for dtype in dtypes or ("bfloat16",):
             todo += [case for stack in stacks for case in cases(stack, dtype, device)]
-    unique = {case.key: case for case in todo if again or case.key not in found}
     started = time.monotonic()
-    for number, (key, case) in enumerate(unique.items(), 1):
-        entry = best(case, cuda_timer)
-        sizes = ", ".join(f"{name} {size}" for name, size in case.sizes.items())
-        label = f"[{number}/{len(unique)}] {case.kernel.name} {case.dtype} {sizes}"
-        if entry is None:
-            click.echo(f"{label}: does not run", err=True)
-            continue
-        found[key] = entry
-        tuning.write(path, list(found.values()))
-        click.echo(f"{label}: {entry.microseconds:.0f} µs {dict(entry.config)}", err=True)
-    tuning.forget()
-    took = time.monotonic() - started
-    click.echo(f"{path}: {len(found)} entries, {len(unique)} measured in {took:.0f} s")
+    made = complete(path, todo, cuda_timer, lambda line: click.echo(line, err=True), again=again)
+    click.echo(f"{path}: {made} entries made in {time.monotonic() - started:.0f} s")

@@ -44,7 +44,8 @@ class Entry:
     sizes: Mapping[str, int]
     """What the launch depends on, e.g. columns per head; numbers of tokens are powers of two."""
     config: Mapping[str, int]
-    """Arguments of the launch: tiles, ``num_warps``, ``num_stages``."""
+    """Arguments of the launch: tiles, ``num_warps``, ``num_stages``, perhaps ``maxnreg``, the
+    registers of a thread."""
     microseconds: float
 
     @property

@@ -27,7 +27,7 @@ _STEP = 8
 """Tables whose rows are loaded at once."""
 
 
-def CONFIGURATIONS(dtype: str, sizes: Mapping[str, int]) -> list[dict[str, int]]:
+def configurations(dtype: str, sizes: Mapping[str, int]) -> list[dict[str, int]]:
     """Launches to try, the default first. Sizes: tokens and width.
 
     M tokens and C columns of a program.
@@ -103,7 +103,7 @@ class TritonEmbeddingGather:
             return out_TD
         sizes = {"tokens": power_of_two(tokens), "width": self._widest}
         name = str(first.dtype).removeprefix("torch.")
-        launch = configuration(KERNEL, name, sizes, CONFIGURATIONS(name, sizes)[0])
+        launch = configuration(KERNEL, name, sizes, configurations(name, sizes)[0])
         blocks, columns = -(-tokens // launch["M"]), -(-self._widest // launch["C"])
         with device_of(first):
             if self._adds:

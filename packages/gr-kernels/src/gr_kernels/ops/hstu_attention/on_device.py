@@ -58,7 +58,8 @@ class TableBias:
     time: Tensor | None = None
     """float32 (buckets,)."""
     thresholds: Tensor | None = None
-    """int64 (buckets - 1,), rising: the least gap in seconds of each bucket but the first."""
+    """int64 (buckets - 1,), rising: the least gap in seconds of each bucket but the first, where
+    buckets are of log(gap) / 0.301."""
     times: Tensor | None = None
     """int64: of the keys of all sequences, those in blocks included."""
     time_offsets_B: Tensor | None = None

@@ -27,7 +27,7 @@ from gr_kernels.ops.hstu_attention.interface import check_shapes
 from gr_kernels.ops.hstu_attention.on_device import CachedKeys, TableBias
 from gr_kernels.tuning import configuration, power_of_two
 
-NAME = "hstu_attention-triton"
+NAME = "hstu_cached_attention-triton"
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 LARGEST = 256
 """Columns of a head."""
@@ -96,7 +96,7 @@ _FEW: Mapping[tuple[str, int], Sequence[tuple[int, int, int]]] = {
 }
 
 
-def CONFIGURATIONS(dtype: str, sizes: Mapping[str, int]) -> list[dict[str, int]]:
+def configurations(dtype: str, sizes: Mapping[str, int]) -> list[dict[str, int]]:
     """Launches worth trying for these sizes, the default first; see `attend` for the sizes."""
     d_qk, d_v = sizes["d_qk"], sizes["d_v"]
     size = max(64, d_qk, d_v)
@@ -316,7 +316,7 @@ def _device() -> tuple[int, int]:
 
 @functools.cache
 def _default(dtype: str, d_qk: int, d_v: int, queries: int) -> Configuration:
-    return CONFIGURATIONS(dtype, {"d_qk": d_qk, "d_v": d_v, "queries": queries})[0]
+    return configurations(dtype, {"d_qk": d_qk, "d_v": d_v, "queries": queries})[0]
 
 
 @functools.cache

@@ -179,7 +179,7 @@ def _gate(
     )
 
 
-def CONFIGURATIONS(dtype: str, sizes: Mapping[str, int]) -> list[dict[str, int]]:
+def configurations(dtype: str, sizes: Mapping[str, int]) -> list[dict[str, int]]:
     """What `gr kernels tune` tries for `hstu_output_fused`, the default first."""
     rows, narrow = sizes["rows"], dtype != "float32"
     tried = [dict(default(dtype, sizes))]

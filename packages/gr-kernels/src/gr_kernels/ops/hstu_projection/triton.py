@@ -190,7 +190,7 @@ def blocks_of(columns: int) -> tuple[int, int]:
     return block, max(1, 1024 // block)
 
 
-def CONFIGURATIONS(dtype: str, sizes: Mapping[str, int]) -> list[dict[str, int]]:
+def configurations(dtype: str, sizes: Mapping[str, int]) -> list[dict[str, int]]:
     """What `gr kernels tune` tries for `hstu_projection_fused`, the default first."""
     rows, narrow = sizes["rows"], dtype != "float32"
     tried = [dict(default(dtype, sizes))]

@@ -34,6 +34,10 @@ from gr_kernels.ops.hstu_stack.time_buckets import thresholds
 from gr_kernels.tuning import power_of_two
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GRAPH_QUERIES = 64
+"""By which graphs choose their tiles: one user may have all the tokens, or many a few each."""
+_STORED_AT_ONCE = 8
+"""Tokens of a program that stores K and V: 16 bytes a thread, for heads of bfloat16."""
 Record = Callable[[Callable[[], None]], Callable[[], None]]
 """Takes a step and returns what repeats it, see `gr_kernels.cuda.graphs.Recorder`."""
 
@@ -297,20 +301,21 @@ class CudaStack:
     def _store(self, number: int, k_THK: Tensor, v_THV: Tensor, on: Mapping[str, Tensor]) -> None:
         tokens, heads, d_qk = k_THK.shape
         d_v = v_THV.shape[2]
-        self._kernels.store_tokens[(tokens, heads)](
+        self._kernels.store_tokens[(-(-tokens // _STORED_AT_ONCE),)](
             k_THK,
             v_THV,
             on["block_T"],
             on["place_T"],
+            tokens,
             number * self._layer_bytes,
             *k_THK.stride()[:2],
             *v_THV.stride()[:2],
             HEADS=heads,
             D_QK=d_qk,
             D_V=d_v,
-            K=power_of_two(d_qk),
-            V=power_of_two(d_v),
-            num_warps=1,
+            M=_STORED_AT_ONCE,
+            C=power_of_two(heads * max(d_qk, d_v), most=256),
+            num_warps=4,
         )
 
     def _bias(self, layer: _Layer, on: Mapping[str, Tensor], end: str) -> TableBias | None:
@@ -340,8 +345,7 @@ class _Graph:
         self._held = stack.held(sizes)
         self._held.zero_()  # a batch of no tokens
         on = views(self._held, layout(sizes, stack._stack))
-        # One user with all the tokens or many with a few each: tiles that suit both.
-        most = min(sizes.tokens, 64)
+        most = min(sizes.tokens, GRAPH_QUERIES)
         self._layers = [
             record(functools.partial(stack.layer, number, self._x_TD, on, sizes, most, True))
             for number in range(len(stack._layers))

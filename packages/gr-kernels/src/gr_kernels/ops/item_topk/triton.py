@@ -46,7 +46,7 @@ _TILE = 64
 _ANSWERS = 512
 
 
-def CONFIGURATIONS(dtype: str, sizes: Mapping[str, int]) -> list[dict[str, int]]:
+def configurations(dtype: str, sizes: Mapping[str, int]) -> list[dict[str, int]]:
     """Launches of the first pass to try, the default first. Sizes: group, users, width.
 
     M users of a program, K columns of a step.
@@ -113,7 +113,7 @@ def best_keys(kernels: Any, users_BD: Tensor, table_ID: Tensor, k: int, group: i
     tiles = -(-(rows - 1) // tile)
     dtype = str(table_ID.dtype).removeprefix("torch.")
     sizes = {"group": group, "users": power_of_two(users, most=_USER_CLASSES), "width": width}
-    launch = configuration(KERNEL, dtype, sizes, CONFIGURATIONS(dtype, sizes)[0])
+    launch = configuration(KERNEL, dtype, sizes, configurations(dtype, sizes)[0])
     keys_BG = users_BD.new_empty(users, tiles if group > 1 else rows - 1, dtype=torch.int64)
     user_tiles = -(-users // launch["M"])
     kernels.scan[(tiles * user_tiles,)](
