@@ -61,7 +61,7 @@ from gr_kernels.cache.paged import PagedCache
 from gr_kernels.choice import choose
 from gr_kernels.descriptors import KERNELS
 from gr_kernels.ops.hstu_attention import reference
-from gr_kernels.ops.hstu_stack.cuda import Ops
+from gr_kernels.ops.hstu_stack.cuda import GRAPH_QUERIES, Ops
 from gr_kernels.ops.hstu_stack.interface import Rows, Segment
 from gr_kernels.tune import Case as TuneCase
 
@@ -224,7 +224,7 @@ def test_what_the_layers_launch_is_what_is_tuned(tmp_path: Path, monkeypatch: py
                 Asking().output(tokens, 192, 64)
             Asking().attention(most, biased=False)
             if of.cached:
-                Asking().attention(one.tokens, biased=False)
+                Asking().attention(GRAPH_QUERIES, biased=False)
     assert asked == {"rows": set(rows), "queries": set(queries)}
 
     monkeypatch.setenv("GR_CACHE_DIR", str(tmp_path))
