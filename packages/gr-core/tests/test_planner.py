@@ -65,6 +65,15 @@ def test_a_way_of_exporting_serves_a_task_of_the_model() -> None:
         export_path(registry, "sid", "onnx")
 
 
+def test_an_engine_computes_in_other_dtypes_on_another_device() -> None:
+    here = engine(device_dtypes={"cuda": ("float16",)})
+    assert planned(HSTU, here).dtype == "float32"
+    on_gpu = planned(HSTU, here, on=GPU)
+    assert (on_gpu.device, on_gpu.dtype) == ("cuda", "float16")
+    with pytest.raises(PlanError, match="it cannot compute in float16, only in float32, bfloat16"):
+        planned(HSTU, here, dtype="float16")
+
+
 def test_the_only_chain() -> None:
     chosen = planned(HSTU, engine(devices=("cpu",)))
     assert chosen.summary() == ("hstu → torch (cpu, float32): highest priority of 1 feasible chain")

@@ -95,7 +95,7 @@ def feasible_plans(
         found = 0
         devices = descriptor.devices if only.device == "auto" else (only.device,)
         for on in devices:
-            for dtype in descriptor.dtypes:
+            for dtype in descriptor.dtypes_on(on):
                 if only.dtypes and dtype not in only.dtypes:
                     continue
                 try:

@@ -249,8 +249,8 @@ class _Search:
                 for engine in self.registry.engines.declared():
                     if end not in engine.formats:
                         continue
-                    dtype = engine.dtypes[0] if self.dtype == AUTO else self.dtype
                     for kind in engine.devices:
+                        dtype = engine.dtypes_on(kind)[0] if self.dtype == AUTO else self.dtype
                         asked = self.device.split(":")[0] == kind
                         chain = Chain(start, path, engine, self.device if asked else kind, dtype)
                         yield replace(chain, problems=tuple(self._problems(chain)))
@@ -280,8 +280,9 @@ class _Search:
             yield f"device {self.device} was asked for"
         if engine.name in self.failed:
             yield self.failed[engine.name]
-        if chain.dtype not in engine.dtypes:
-            yield f"it cannot compute in {chain.dtype}, only in {', '.join(engine.dtypes)}"
+        dtypes = engine.dtypes_on(chain.device)
+        if chain.dtype not in dtypes:
+            yield f"it cannot compute in {chain.dtype}, only in {', '.join(dtypes)}"
         steps: tuple[ExporterDescriptor | EngineDescriptor, ...] = (*chain.exporters, engine)
         for step in steps:
             if self.task not in step.tasks:

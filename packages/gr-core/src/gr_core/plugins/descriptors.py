@@ -7,7 +7,7 @@ factory (``"module:attribute"``) is resolved.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, TypeAlias
 
@@ -85,6 +85,12 @@ class EngineDescriptor(Descriptor):
     device_probe: Callable[[str], tuple[bool, str]] | None = None
     """Like ``probe``, for one of the ``devices`` that this machine has, e.g. whether the installed
     library was built for it."""
+    device_dtypes: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    """Instead of ``dtypes`` on a kind of device, e.g. on ``cuda``, where these differ."""
+
+    def dtypes_on(self, device: str) -> tuple[str, ...]:
+        """What it computes in on a device, e.g. ``cuda:1``; the first is the default."""
+        return self.device_dtypes.get(device.split(":")[0], self.dtypes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
