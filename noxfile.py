@@ -62,6 +62,8 @@ ONE_AT_ONCE = ("gr-core", "gr-serve-grpc")
 """Their tests look at clocks and queues; the others' only take time."""
 NO_GPU = ("-m", "not gpu")
 QUICK = ("-m", "not gpu and not slow")
+FEWER = {"GR_TEST_EXAMPLES": "25"}
+"""Of properties, where not they are tested but what is installed."""
 IMPORT_ALL = """
 from gr_core.plugins.host import PluginHost
 host = PluginHost.discover()
@@ -135,7 +137,7 @@ def isolated(session: nox.Session, package: str) -> None:
     tools = (*test_requirements([package]), "pytest-xdist")
     session.install("-c", str(CONSTRAINTS), *wheels, *tools)
     options = (*QUICK, *at_once(package), *session.posargs)
-    session.run("python", "-m", "pytest", f"{FOLDERS[package]}/tests", *options)
+    session.run("python", "-m", "pytest", f"{FOLDERS[package]}/tests", *options, env=FEWER)
 
 
 @nox.session(python="3.11")
@@ -144,7 +146,7 @@ def minimums(session: nox.Session) -> None:
     install_editable(session, MINIMUMS, *test_requirements(PACKAGES), "pytest-xdist")
     for package in PACKAGES:
         options = (*QUICK, *at_once(package), *session.posargs)
-        session.run("python", "-m", "pytest", f"packages/{package}/tests", *options)
+        session.run("python", "-m", "pytest", f"packages/{package}/tests", *options, env=FEWER)
 
 
 # ── On request ────────────────────────────────────────────────────────────────────────────────

@@ -204,6 +204,7 @@ def guarded(x: Tensor) -> Tensor:
     return flat.view(x.shape).copy_(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", cutlass.COLUMNS)
 @pytest.mark.parametrize("dtype", cutlass.DTYPES)
 def test_heads_of_each_size(machine: Machine, columns: int, dtype: torch.dtype):
@@ -232,6 +233,7 @@ MASKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", [0, 37])
 @pytest.mark.parametrize("mask", MASKS)
 def test_masks(machine: Machine, mask: str, stored: int):
@@ -240,6 +242,7 @@ def test_masks(machine: Machine, mask: str, stored: int):
     assert error <= allowed
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=8)
 @given(data=st.data())
 def test_jagged_lengths(machine: Machine, data: st.DataObject):
@@ -260,6 +263,7 @@ def test_jagged_lengths(machine: Machine, data: st.DataObject):
     assert error <= allowed
 
 
+@pytest.mark.slow
 def test_many_short_sequences(machine: Machine):
     """More than one look of a warp finds."""
     users = [User(n % 5, arbitrary(n, n % 3 if n % 5 else 0, n % 5)) for n in range(70)]
@@ -267,6 +271,7 @@ def test_many_short_sequences(machine: Machine):
     assert error <= allowed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [64, 256])
 @pytest.mark.parametrize("splits", [2, 3, 8])
 def test_blocks_that_share_the_keys_of_a_row(machine: Machine, splits: int, columns: int):
@@ -280,6 +285,7 @@ def test_blocks_that_share_the_keys_of_a_row(machine: Machine, splits: int, colu
     assert error <= allowed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [64, 256])
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.skipif(sys.platform == "win32", reason="needs mprotect")
@@ -297,12 +303,14 @@ def test_nothing_behind_a_tensor_is_touched(machine: Machine, splits: int, colum
     assert error <= allowed
 
 
+@pytest.mark.slow
 def test_views_of_one_projection(machine: Machine):
     users = [User(130, causal(125, 5), stored=3), User(7, causal(7))]
     error, allowed = compute(machine, users, 64, torch.bfloat16, is_one_projection=True)
     assert error <= allowed
 
 
+@pytest.mark.slow
 def test_large_scores_are_no_trouble(machine: Machine):
     """SiLU of -1e4 is 0 and of 1e4 itself: no exponential may overflow on the way."""
     q, k, v = (torch.zeros(3, 1, 64, dtype=torch.bfloat16) for _ in range(3))
@@ -322,6 +330,7 @@ def test_large_scores_are_no_trouble(machine: Machine):
         torch.testing.assert_close(found[:, 0, 5].float().cpu(), expected, rtol=4e-3, atol=1e-30)
 
 
+@pytest.mark.slow
 def test_no_tokens_are_no_launch(machine: Machine):
     x = torch.zeros(0, HEADS, 64, dtype=torch.bfloat16, device=machine.device)
     none = torch.zeros(0, dtype=torch.int32, device=machine.device)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-settings.register_profile("gr", deadline=None)
+settings.register_profile(
+    "gr", deadline=None, max_examples=int(os.environ.get("GR_TEST_EXAMPLES", "100"))
+)
 settings.load_profile("gr")
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
-settings.register_profile("gr", deadline=None)
+settings.register_profile(
+    "gr", deadline=None, max_examples=int(os.environ.get("GR_TEST_EXAMPLES", "100"))
+)
 settings.load_profile("gr")
 
 # On small tensors a second thread costs more than it gives, most of all on a busy machine.
