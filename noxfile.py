@@ -61,8 +61,8 @@ GPU_MEMORY = (
 # Optimized a little: more takes minutes to compile, less to run.
 SANITIZERS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 TWO_AT_ONCE = ("-n", "2", "--dist", "loadfile")
-ONE_AT_ONCE = ("gr-core", "gr-serve-grpc")
-"""Their tests look at clocks and queues; the others' only take time."""
+ONE_AT_ONCE = ("gr-serve-grpc",)
+"""Its tests look at clocks and queues; the others' only take time."""
 NO_GPU = ("-m", "not gpu")
 QUICK = ("-m", "not gpu and not slow")
 FEWER = {"GR_TEST_EXAMPLES": "25"}
